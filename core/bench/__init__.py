@@ -1,0 +1,1 @@
+"""Load against a server or an engine, and what the clients saw."""

@@ -1,0 +1,1 @@
+"""What quantization, pruning and distillation share: calibration, the walk, statistics."""

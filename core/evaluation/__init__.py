@@ -1,0 +1,1 @@
+"""Is it still good: perplexity and divergence from a baseline."""

@@ -1,0 +1,1 @@
+"""How a value is stored: number formats and packing; pure functions on tensors."""

@@ -1,0 +1,1 @@
+"""One decoder, many configs; and transformers models, loaded from an artifact."""

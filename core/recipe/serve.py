@@ -1,0 +1,33 @@
+"""Settings of the engine and of `infopt serve`."""
+
+from pydantic import Field
+
+from infopt.core.recipe.base import Settings
+from infopt.core.recipe.text import Device, DType
+
+
+class EngineSettings(Settings):
+    """How the engine schedules and how much memory it takes."""
+
+    block_size: int = Field(default=16, ge=1)
+    """Token slots per block of the paged KV cache."""
+    kv_blocks: int | None = Field(default=None, ge=1)
+    """Blocks in the pool; default: what fits in a share of the free memory."""
+    max_batch_tokens: int = Field(default=512, ge=1)
+    """Tokens computed in one step, over all requests."""
+    max_running: int = Field(default=32, ge=1)
+    """Requests in one step at most."""
+    max_model_len: int | None = Field(default=None, ge=2)
+    """Longest prompt plus output; default: the model's own limit."""
+    device: Device = "auto"
+    dtype: DType = "auto"
+    seed: int = 0
+
+
+class ServeSettings(EngineSettings):
+    """The server around the engine."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    model_name: str | None = None
+    """The name that clients ask for; default: the artifact's own."""

@@ -1,0 +1,1 @@
+"""Every result, how it was made, how it is kept."""

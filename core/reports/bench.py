@@ -1,0 +1,28 @@
+"""The report of `infopt bench`."""
+
+from infopt.core.reports.schema import Percentiles, Report
+
+
+class BenchReport(Report):
+    command: str = "bench"
+    target: str
+    """The URL, or 'engine' for the engine in this process."""
+    requests: int
+    completed: int
+    failed: int
+    errors: dict[str, int]
+    """Failures by their message."""
+    concurrency: int
+    duration_s: float
+    ttft_s: Percentiles | None
+    """Time to first token, from sending; None if no request completed."""
+    tpot_s: Percentiles | None
+    """(last token - first token) / (tokens - tokens in the first chunk); requests of one token have none."""
+    e2e_s: Percentiles | None
+    prompt_tokens: int
+    output_tokens: int
+    output_tokens_per_s: float
+    """Over the whole run, ramp and drain included."""
+    total_tokens_per_s: float
+    token_count_source: str
+    """'usage' if the server said how many, else 'chunks'."""

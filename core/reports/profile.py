@@ -1,0 +1,77 @@
+"""The report of `infopt profile`."""
+
+from infopt.core.reports.schema import Record, Report
+
+
+class OperatorCost(Record):
+    """One kind of operator, over the whole model, for one phase."""
+
+    name: str
+    flops: float
+    weight_bytes: float
+    activation_bytes: float
+    """Bytes of KV cache read or written."""
+
+
+class PhaseCost(Record):
+    """What a phase needs, from the config alone."""
+
+    tokens: int
+    flops: float
+    bytes: float
+    operators: tuple[OperatorCost, ...]
+
+
+class StaticProfile(Record):
+    parameters: int
+    parameters_without_embedding: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    batch: int
+    context: int
+    kv_bytes: int
+    """For `batch` sequences of `context` tokens."""
+    memory_bytes: int
+    """Weights, cache, activations and logits together."""
+    device_memory_bytes: int
+    fits: bool
+    largest_batch: int
+    prefill: PhaseCost
+    decode: PhaseCost
+
+
+class MeasuredPhase(Record):
+    """A phase as the runtime ran it."""
+
+    seconds: float
+    """Median time of one prefill, or of one decode step."""
+    seconds_min: float
+    tokens: int
+    """Tokens computed in that time."""
+    tokens_per_s: float
+    flops_per_s: float
+    bytes_per_s: float
+    mfu: float
+    """Achieved FLOP/s over the measured peak. Never clamped: above 1 is a bug, and is warned of."""
+    mbu: float
+    """Achieved bytes/s over the measured peak. Never clamped."""
+
+
+class Peaks(Record):
+    """Measured on this device."""
+
+    device: str
+    dtype: str
+    flops_per_s: float
+    """Of the best matrix product, in this dtype."""
+    bytes_per_s: float
+    """Of the best reading kernel."""
+    measured_at: str
+
+
+class ProfileReport(Report):
+    command: str = "profile"
+    static: StaticProfile
+    prefill: MeasuredPhase | None = None
+    decode: MeasuredPhase | None = None
+    peaks: Peaks | None = None

@@ -1,0 +1,1 @@
+"""The engine: requests, blocks, scheduler, paged cache, decoder steps, sampling."""

@@ -1,0 +1,1 @@
+"""Recipes of several steps, for `infopt run`."""
