@@ -1,7 +1,9 @@
 """Writing so that a crash, a full disk or a kill leaves the old state or the new one, never half."""
 
 import errno
+import fcntl
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -9,8 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from infopt.core.errors import ResourceError
+import platformdirs
 
+from infopt.core.errors import ResourceError, UsageError
+
+MANIFEST = "manifest.json"
+"""Lists the files of a directory that infopt made; only such a directory is ever replaced."""
 _CHUNK = 1 << 20
 
 
@@ -27,7 +33,56 @@ def disk_faults(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise ResourceError(f"cannot write {path}: {error.strerror}") from error
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise ResourceError(f"cannot write {path}: {error.strerror}") from error
         raise
+
+
+def check_output(path: Path, *, replace: bool) -> None:
+    """See that a new directory may take the place of `path`; raises UsageError where not.
+
+    With `replace` a directory made by infopt (its manifest.json says so) or an empty one may go;
+    anything else stays, so that a mistyped path never costs a home directory.
+    """
+    if path.is_dir():
+        if not any(path.iterdir()):
+            return
+        if not replace:
+            raise UsageError(
+                f"{path} exists already", "--yes replaces it; or choose another --output"
+            )
+        if not _made_by_infopt(path):
+            raise UsageError(
+                f"{path} was not made by infopt and is not replaced",
+                "choose another --output, or remove it yourself",
+            )
+    elif path.exists() or path.is_symlink():
+        raise UsageError(f"{path} exists and is no directory", "choose another --output")
+
+
+def _made_by_infopt(path: Path) -> bool:
+    try:
+        found = json.loads((path / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("made_by") == "infopt"
+
+
+def cache_directory() -> Path:
+    """The user's cache for infopt: $INFOPT_CACHE, else the platform's place."""
+    chosen = os.environ.get("INFOPT_CACHE")
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("infopt"))
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold a lock among processes; it falls with the process that holds it."""
+    with disk_faults(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stream = file.open("w")
+    with stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def fsync_directory(path: Path) -> None:
@@ -72,9 +127,12 @@ def directory_atomically(path: Path, *, replace: bool = False) -> Iterator[Path]
     """Yield a temporary sibling of `path`; on success it takes the place of `path`, else it is removed.
 
     With `replace` an existing `path` is moved aside first and removed after, so that a crash
-    between the two renames leaves both beside each other, and loses nothing.
+    between the two renames leaves both beside each other, and loses nothing. See `check_output`
+    for what may be replaced.
     """
+    path = path.resolve()  # where it is a link, the directory behind it is meant
     with disk_faults(path):
+        check_output(path, replace=replace)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         try:

@@ -15,7 +15,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"kernels", "core.errors", "core.progress", "recipes"}),
     frozenset({"core.files"}),
     frozenset({"core.recipe", "core.formats", "core.hardware"}),
-    frozenset({"core.layers", "core.artifact", "core.reports", "core.text"}),
+    frozenset({"core.reports"}),  # an artifact sums itself up in a report's words
+    frozenset({"core.layers", "core.artifact", "core.text"}),
     frozenset({"core.models"}),
     frozenset({"core.runtime", "core.compression", "core.profiling"}),
     frozenset({"core.quantization", "core.evaluation", "core.server", "core.bench"}),
@@ -23,8 +24,18 @@ FLOORS: tuple[frozenset[str], ...] = (
 )
 FLOOR_OF = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # Third parties that would make the light rooms heavy.
-TORCH_FREE = ("core/errors.py", "core/progress.py", "core/files.py", "core/recipe", "core/hardware",
-              "core/reports", "core/text", "core/models/config.py", "core/profiling/static.py", "cli")
+TORCH_FREE = (
+    "core/errors.py",
+    "core/progress.py",
+    "core/files.py",
+    "core/recipe",
+    "core/hardware",
+    "core/reports",
+    "core/text",
+    "core/models/config.py",
+    "core/profiling/static.py",
+    "cli",
+)
 HEAVY = {"torch", "transformers", "safetensors.torch", "triton"}
 
 
@@ -74,8 +85,9 @@ def test_files_and_functions_stay_small(path: Path) -> None:
     assert len(text.splitlines()) <= 400
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            # The signature is not counted: a verb's options are a table, not a body.
             assert node.end_lineno is not None
-            assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
+            assert node.end_lineno - node.body[0].lineno < 55, f"{node.name} is too long"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
@@ -96,7 +108,11 @@ def test_only_the_screen_prints(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_light_rooms_import_nothing_heavy(path: Path) -> None:
     if relative(path).startswith(TORCH_FREE):
-        found = {name for name in imported(path, module_level_only=True) if name.split(".")[0] in HEAVY or name in HEAVY}
+        found = {
+            name
+            for name in imported(path, module_level_only=True)
+            if name.split(".")[0] in HEAVY or name in HEAVY
+        }
         assert not found
 
 
@@ -134,6 +150,6 @@ def test_tests_mirror_the_tree() -> None:
     """tests/core/x/test_y.py tests core/x/y.py (or a whole room: test_x.py)."""
     for test in sorted((ROOT / "tests").rglob("test_*.py")):
         folder = test.parent.relative_to(ROOT / "tests")
-        if folder == Path("."):
+        if folder == Path():
             continue
         assert (ROOT / folder).is_dir(), f"{test} mirrors nothing"

@@ -1,6 +1,7 @@
 """A recipe: an ordered list of steps with their settings."""
 
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ VERBS: dict[str, type[Settings]] = {
     "serve": ServeSettings,
     "bench": BenchSettings,
 }
-_STEP_KEYS = ("model", "output")
+WRITING = frozenset({"quantize"})
+"""The verbs that write an artifact, and so can be given an `output`."""
 
 
 class Step(Settings):
@@ -41,6 +43,18 @@ class Recipe(Settings):
     description: str = ""
     model: str | None = None
     steps: tuple[Step, ...]
+
+
+def find_recipe(word: str) -> Path:
+    """The file that a word names: a path, or a recipe that comes with infopt, such as `run/demo`."""
+    path = Path(word)
+    if path.exists():
+        return path
+    home = Path(str(files("infopt.recipes")))
+    shipped = {str(file.relative_to(home).with_suffix("")): file for file in home.rglob("*.yaml")}
+    if word in shipped:
+        return shipped[word]
+    raise RecipeError(f"there is no recipe {word}", nearest(word, list(shipped)))
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -65,7 +79,9 @@ def parse_recipe(content: object, where: str) -> Recipe:
             raise RecipeError(f"unknown key {key!r} in {where}", nearest(str(key), known))
     steps = content.get("steps")
     if not isinstance(steps, list) or not steps:
-        raise RecipeError(f"{where} has no steps", "write 'steps:' and a list such as '- quantize: {bits: 4}'")
+        raise RecipeError(
+            f"{where} has no steps", "write 'steps:' and a list such as '- quantize: {bits: 4}'"
+        )
     parsed = tuple(_parse_step(step, f"{where}, step {i}") for i, step in enumerate(steps, 1))
     rest = {key: value for key, value in content.items() if key != "steps"}
     return validated(Recipe, {"name": Path(where).stem, **rest, "steps": parsed}, where)
@@ -75,7 +91,10 @@ def _parse_step(step: object, where: str) -> Step:
     if isinstance(step, str):
         step = {step: {}}
     if not isinstance(step, Mapping) or len(step) != 1:
-        raise RecipeError(f"{where} is not a step", "a step is one verb with its settings: '- quantize: {bits: 4}'")
+        raise RecipeError(
+            f"{where} is not a step",
+            "a step is one verb with its settings: '- quantize: {bits: 4}'",
+        )
     verb, body = next(iter(step.items()))
     if verb not in VERBS:
         raise RecipeError(f"unknown verb {verb!r} in {where}", nearest(str(verb), list(VERBS)))
@@ -83,16 +102,25 @@ def _parse_step(step: object, where: str) -> Step:
     if not isinstance(body, Mapping):
         raise RecipeError(f"{where} ({verb}): settings are a mapping, not {body!r}")
     values: dict[str, Any] = dict(body)
-    artifact = {key: values.pop(key) for key in _STEP_KEYS if key in values}
+    keys = _step_keys(str(verb))
+    artifact = {key: values.pop(key) for key in keys if key in values}
     settings = validated(VERBS[verb], values, f"{where} ({verb})")
     return validated(Step, {"verb": verb, "settings": settings, **artifact}, f"{where} ({verb})")
+
+
+def _step_keys(verb: str) -> tuple[str, ...]:
+    return ("model", "output") if verb in WRITING else ("model",)
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, with every setting written out, so that it can be read again."""
     steps: list[dict[str, Any]] = []
     for step in recipe.steps:
-        body = {key: getattr(step, key) for key in _STEP_KEYS if getattr(step, key) is not None}
+        body = {
+            key: getattr(step, key)
+            for key in _step_keys(step.verb)
+            if getattr(step, key) is not None
+        }
         steps.append({step.verb: {**body, **step.settings.model_dump(mode="json")}})
     head = recipe.model_dump(mode="json", exclude={"steps"}, exclude_none=True)
     return yaml.safe_dump({**head, "steps": steps}, sort_keys=False, allow_unicode=True)

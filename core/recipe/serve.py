@@ -31,3 +31,5 @@ class ServeSettings(EngineSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     model_name: str | None = None
     """The name that clients ask for; default: the artifact's own."""
+    ask: tuple[str, ...] = ()
+    """Start, ask these questions as chats, stop; in a run, the server stays up for the steps that follow."""

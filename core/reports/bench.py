@@ -17,12 +17,14 @@ class BenchReport(Report):
     ttft_s: Percentiles | None
     """Time to first token, from sending; None if no request completed."""
     tpot_s: Percentiles | None
-    """(last token - first token) / (tokens - tokens in the first chunk); requests of one token have none."""
+    """(last - first token) / (tokens - those in the first chunk); one token alone has none."""
     e2e_s: Percentiles | None
     prompt_tokens: int
     output_tokens: int
     output_tokens_per_s: float
     """Over the whole run, ramp and drain included."""
+    steady_output_tokens_per_s: float | None = None
+    """From the first to the last moment at which 95% of the concurrency was in flight."""
     total_tokens_per_s: float
     token_count_source: str
-    """'usage' if the server said how many, else 'chunks'."""
+    """'usage' if the server counted, 'engine' if the engine here did, else 'chunks'; 'mixed'."""

@@ -23,9 +23,13 @@ class EvaluateReport(Report):
     perplexity: float
     nll: float
     """Mean negative log-likelihood, nats per token."""
+    characters: int
+    """Characters of the scored tokens' text, special tokens left out."""
     bits_per_character: float
     tokens_per_s: float
-    """Tokens scored per second by this model."""
+    """Tokens read per second of this model's forward passes; scoring is not timed."""
+    dtype: str
+    """Of the weights and activations while evaluating."""
     memory_bytes: int
     """Weights resident while evaluating."""
     baseline: BaselineQuality | None = None

@@ -22,7 +22,21 @@ class PhaseCost(Record):
     operators: tuple[OperatorCost, ...]
 
 
+class MemoryNeed(Record):
+    """Bytes while serving, by what holds them."""
+
+    weights: int
+    kv_cache: int
+    activations: int
+    logits: int
+    reserve: int
+    """For the interpreter, the libraries and the allocator; assumed."""
+    total: int
+
+
 class StaticProfile(Record):
+    dtype: str
+    """Of plain weights, activations and the cache; quantized layers count as they are stored."""
     parameters: int
     parameters_without_embedding: int
     weight_bytes: int
@@ -31,8 +45,9 @@ class StaticProfile(Record):
     context: int
     kv_bytes: int
     """For `batch` sequences of `context` tokens."""
+    memory: MemoryNeed
     memory_bytes: int
-    """Weights, cache, activations and logits together."""
+    """Weights, cache, activations, logits and reserve together."""
     device_memory_bytes: int
     fits: bool
     largest_batch: int
@@ -46,8 +61,13 @@ class MeasuredPhase(Record):
     seconds: float
     """Median time of one prefill, or of one decode step."""
     seconds_min: float
+    predicted_seconds: float
+    """The roofline's bound: bytes or FLOPs over their peak rate, the longer."""
     tokens: int
     """Tokens computed in that time."""
+    flops: float
+    bytes: float
+    """With the weights as the runtime holds them."""
     tokens_per_s: float
     flops_per_s: float
     bytes_per_s: float

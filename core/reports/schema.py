@@ -8,7 +8,7 @@ SCHEMA_VERSION = 1
 
 Origin = Literal["measured", "calibrated", "computed", "datasheet", "assumed"]
 """Where a number comes from: timed or counted on this device just now; measured earlier and stored;
-derived by arithmetic from configs and files; a vendor's figure; or a guess that is said to be one."""
+derived by arithmetic from configs and files; a vendor's figure; or a guess, said to be one."""
 
 
 class Record(BaseModel):
@@ -75,7 +75,7 @@ class Report(Record):
     command: str
     model: ModelSummary | None = None
     provenance: dict[str, Origin]
-    """The origin of every number, by the dotted path of its key; a prefix speaks for all below it."""
+    """The origin of each number by its key's dotted path; a prefix speaks for all below it."""
     warnings: tuple[str, ...] = ()
     made: Making | None = None
 

@@ -1,0 +1,113 @@
+"""`infopt bench`."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from infopt.cli import options as opt
+
+if TYPE_CHECKING:
+    from infopt.cli.verb import Work
+    from infopt.core.reports.schema import Plan, Report
+
+
+def bench(
+    model: opt.Model = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            "--url", help="Any OpenAI-compatible server; MODEL is then the name it is asked for."
+        ),
+    ] = None,
+    requests: Annotated[
+        int | None, typer.Option("--requests", help="Requests counted.", show_default="16")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option("--concurrency", help="Requests in flight.", show_default="4")
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option("--prompt-tokens", help="Tokens per prompt.", show_default="128")
+    ] = None,
+    output_tokens: Annotated[
+        int | None, typer.Option("--output-tokens", help="Tokens per answer.", show_default="32")
+    ] = None,
+    warmup: Annotated[
+        int | None,
+        typer.Option("--warmup", help="Requests sent first and not counted.", show_default="1"),
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout", help="Seconds after which a request has failed.", show_default="600"
+        ),
+    ] = None,
+    recipe: opt.RecipeFile = None,
+    device: opt.DeviceOption = None,
+    dtype: opt.DTypeOption = None,
+    seed: opt.Seed = None,
+    json: opt.Json = None,
+    quiet: opt.Quiet = False,
+    dry_run: opt.DryRun = False,
+    trust_remote_code: opt.TrustRemoteCode = False,
+) -> None:
+    """Load a server or the engine: TTFT, TPOT, throughput.
+
+    Example: infopt bench --url http://127.0.0.1:8000 --concurrency 8
+    """
+    from infopt.cli.verb import run_verb
+
+    given: dict[str, Any] = {
+        "url": url,
+        "requests": requests,
+        "concurrency": concurrency,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "warmup": warmup,
+        "timeout": timeout,
+    }
+    common = opt.Common(
+        recipe, None, device, dtype, seed, json, quiet, False, dry_run, trust_remote_code
+    )
+    run_verb("bench", model, given, common, perform, plan)
+
+
+def perform(work: "Work") -> "Report":
+    from infopt.core.bench.bench import bench as door
+
+    settings = work.settings
+    if settings.url is not None:
+        from infopt.core.bench.http_client import HttpClient
+
+        name = work.model if isinstance(work.model, str) else None
+        return door(
+            HttpClient(settings.url, model=name),
+            settings,
+            target=settings.url,
+            progress=work.screen.progress,
+        )
+    from infopt.core.bench.engine_client import EngineClient
+    from infopt.core.runtime.engine import Engine
+
+    engine = Engine.load(work.artifact, settings)
+    client = EngineClient(engine, vocab_size=work.artifact.config["vocab_size"])
+    report = door(client, settings, target="engine", progress=work.screen.progress)
+    return report.model_copy(update={"model": work.artifact.summary()})
+
+
+def plan(work: "Work") -> "Plan":
+    """What the load is; its time is known only once it ran."""
+    from infopt.core.reports.schema import Plan
+
+    settings = work.settings
+    load = (
+        f"send {settings.requests} requests, {settings.concurrency} at once, "
+        f"{settings.prompt_tokens} tokens in and {settings.output_tokens} out each"
+    )
+    if settings.url is not None:
+        return Plan(
+            command="bench", actions=(f"{load}, to {settings.url}",), memory_bytes=2 * 10**8
+        )
+    from infopt.core.server.plan import plan_serve
+
+    engine = plan_serve(work.artifact, settings)
+    return Plan(command="bench", actions=(*engine.actions, load), memory_bytes=engine.memory_bytes)

@@ -1,0 +1,87 @@
+"""The options that commands share, each said once."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class DeviceWord(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class DTypeWord(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A model directory, a .gguf file, a hub id (owner/name), or 'default'. "
+        "Without it: the embedded default model.",
+        show_default=False,
+    ),
+]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe", metavar="FILE", help="Take settings from a recipe; options override it."
+    ),
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where to write.")
+]
+DeviceOption = Annotated[
+    DeviceWord | None, typer.Option("--device", help="Where to compute.", show_default="auto")
+]
+DTypeOption = Annotated[
+    DTypeWord | None,
+    typer.Option(
+        "--dtype",
+        help="Compute in this type; auto is float32 on a CPU without bfloat16 instructions.",
+        show_default="auto",
+    ),
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="Seed of all that is random.", show_default="0")
+]
+Json = Annotated[
+    str | None,
+    typer.Option(
+        "--json", metavar="FILE|-", help="Write the report as JSON; '-' is standard output."
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no summary.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Replace existing output without asking.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Say what would be done, the memory and the time; do nothing."),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Allow a model directory that brings its own code."),
+]
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every command can be told."""
+
+    recipe: Path | None = None
+    output: Path | None = None
+    device: DeviceWord | None = None
+    dtype: DTypeWord | None = None
+    seed: int | None = None
+    json: str | None = None
+    quiet: bool = False
+    yes: bool = False
+    dry_run: bool = False
+    trust_remote_code: bool = False

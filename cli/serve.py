@@ -1,0 +1,125 @@
+"""`infopt serve`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from infopt.cli import options as opt
+
+if TYPE_CHECKING:
+    from infopt.cli.verb import Work
+    from infopt.core.reports.schema import Plan, Report
+
+
+def serve(
+    model: opt.Model = None,
+    host: Annotated[
+        str | None, typer.Option("--host", help="Address to listen on.", show_default="127.0.0.1")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", help="Port; 0 takes a free one.", show_default="8000")
+    ] = None,
+    model_name: Annotated[
+        str | None,
+        typer.Option(
+            "--model-name", help="The name that clients ask for.", show_default="the artifact's"
+        ),
+    ] = None,
+    block_size: Annotated[
+        int | None,
+        typer.Option("--block-size", help="Token slots per KV block.", show_default="16"),
+    ] = None,
+    kv_blocks: Annotated[
+        int | None,
+        typer.Option("--kv-blocks", help="Blocks in the KV pool.", show_default="what fits"),
+    ] = None,
+    max_batch_tokens: Annotated[
+        int | None,
+        typer.Option("--max-batch-tokens", help="Tokens computed in one step.", show_default="512"),
+    ] = None,
+    max_running: Annotated[
+        int | None, typer.Option("--max-running", help="Requests in one step.", show_default="32")
+    ] = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            "--max-model-len", help="Longest prompt plus output.", show_default="the model's"
+        ),
+    ] = None,
+    ask: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ask", help="Start, ask this as a chat, print the answer, stop (repeatable)."
+        ),
+    ] = None,
+    recipe: opt.RecipeFile = None,
+    device: opt.DeviceOption = None,
+    dtype: opt.DTypeOption = None,
+    seed: opt.Seed = None,
+    json: opt.Json = None,
+    quiet: opt.Quiet = False,
+    dry_run: opt.DryRun = False,
+    trust_remote_code: opt.TrustRemoteCode = False,
+) -> None:
+    """Serve a model to OpenAI clients, continuously batched.
+
+    Example: infopt serve smol-w4 --port 8000
+    """
+    given: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "model_name": model_name,
+        "block_size": block_size,
+        "kv_blocks": kv_blocks,
+        "max_batch_tokens": max_batch_tokens,
+        "max_running": max_running,
+        "max_model_len": max_model_len,
+        "ask": tuple(ask) if ask else None,
+    }
+    common = opt.Common(
+        recipe, None, device, dtype, seed, json, quiet, False, dry_run, trust_remote_code
+    )
+    _serve(model, given, common)
+
+
+def _serve(model: str | None, given: dict[str, Any], common: opt.Common) -> None:
+    from infopt.cli.screen import Screen
+    from infopt.cli.verb import Work, check_json_target, done, opener, settings_for, show, show_plan
+    from infopt.core.errors import UsageError
+
+    settings, step = settings_for("serve", common, given)
+    asking = bool(given["ask"])
+    if common.json is not None and not (common.dry_run or asking):
+        raise UsageError("serve has no report to write", "--json goes with --ask or --dry-run")
+    check_json_target(common.json)
+    with Screen(quiet=common.quiet, json_on_stdout=common.json == "-") as screen:
+        open_model = opener(screen, common)
+        word = model if model is not None else (step.model if step else None)
+        work = Work("serve", word, settings, None, False, False, screen, open_model)
+        if common.dry_run:
+            show_plan(screen, plan(work), common.json)
+        elif asking:
+            show(screen, done(_ask, work), common.json)
+        else:
+            from infopt.core.server.serve import serve as door
+
+            door(work.artifact, work.settings, screen.progress)
+
+
+def _ask(work: "Work") -> "Report":
+    from tempfile import TemporaryDirectory
+
+    from infopt.cli.serving import Server, ask_all
+
+    with (
+        TemporaryDirectory(prefix="infopt-serve-") as folder,
+        Server(work.artifact.path, work.settings, Path(folder) / "serve.log") as server,
+    ):
+        return ask_all(server, work.artifact, work.settings)
+
+
+def plan(work: "Work") -> "Plan":
+    from infopt.core.server.plan import plan_serve
+
+    return plan_serve(work.artifact, work.settings)

@@ -1,0 +1,266 @@
+"""Reports as people read them; pure: a report in, something to print out."""
+
+from typing import TYPE_CHECKING
+
+from infopt.core.reports.bench import BenchReport
+from infopt.core.reports.doctor import DoctorReport
+from infopt.core.reports.evaluate import EvaluateReport
+from infopt.core.reports.profile import MeasuredPhase, ProfileReport
+from infopt.core.reports.quantize import QuantizeReport
+from infopt.core.reports.run import RunReport
+from infopt.core.reports.schema import Percentiles, Plan, Report
+from infopt.core.reports.serve import ServeReport
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+Row = tuple[str, str]
+
+
+def summary(report: Report) -> "RenderableType":
+    """The short form of any report."""
+    match report:
+        case QuantizeReport():
+            return _table(f"quantized: {report.output}", _quantize_rows(report))
+        case EvaluateReport():
+            return _table(f"quality of {_name(report)}", _evaluate_rows(report))
+        case ProfileReport():
+            return _table(f"profile of {_name(report)}", _profile_rows(report))
+        case BenchReport():
+            return _table(f"bench of {report.target}", _bench_rows(report))
+        case ServeReport():
+            return _table(f"served at {report.url}", _serve_rows(report))
+        case RunReport():
+            rows = [
+                (step.verb, f"{step.model} -> {step.output}" if step.output else step.model)
+                for step in report.steps
+            ]
+            return _table(f"ran {report.recipe} in {report.seconds:.0f} s", rows)
+        case DoctorReport():
+            return _doctor(report)
+        case _:
+            raise AssertionError(f"no summary for {type(report).__name__}")
+
+
+def plan_summary(plan: Plan) -> "RenderableType":
+    """What `--dry-run` shows."""
+    expected = "unknown" if plan.seconds is None else f"about {seconds(plan.seconds)}"
+    rows = [(f"{i}", action) for i, action in enumerate(plan.actions, 1)]
+    rows += [("memory", f"about {size(plan.memory_bytes)}"), ("time", expected)]
+    if plan.disk_bytes:
+        rows.append(("disk", size(plan.disk_bytes)))
+    return _table(f"infopt {plan.command} would", rows)
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units: '269 MB'."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= scale:
+            return (
+                f"{count / scale:.3g} {unit}"
+                if count / scale < 100
+                else f"{count / scale:.0f} {unit}"
+            )
+    return f"{count:.0f} B"
+
+
+def seconds(value: float) -> str:
+    """Seconds in the unit that reads best."""
+    if value < 1e-3:
+        return f"{value * 1e6:.0f} us"
+    if value < 1:
+        return f"{value * 1e3:.3g} ms"
+    return f"{value:.3g} s" if value < 120 else f"{value / 60:.1f} min"
+
+
+def _rate(value: float, unit: str) -> str:
+    return f"{size(value).removesuffix('B').rstrip()}{unit}"
+
+
+def _name(report: Report) -> str:
+    return report.model.name if report.model else "?"
+
+
+def _table(title: str, rows: list[Row]) -> "RenderableType":
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(
+        title=escape(title), title_justify="left", show_header=False, box=None, pad_edge=False
+    )
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in rows:
+        table.add_row(escape(key), escape(value))
+    return table
+
+
+def _quantize_rows(report: QuantizeReport) -> list[Row]:
+    group = f"groups of {report.group_size}" if report.group_size else "one group per row"
+    kind = "symmetric" if report.symmetric else "asymmetric"
+    worst = max(report.layers, key=lambda layer: layer.error)
+    fallbacks = [layer for layer in report.layers if layer.fallback]
+    rows = [
+        ("method", f"{report.method}, {report.bits} bits, {group}, {kind}, format {report.format}"),
+        (
+            "size",
+            f"{size(report.original_bytes)} -> {size(report.bytes)} "
+            f"({report.bits_per_weight:.2f} bits per quantized weight)",
+        ),
+        ("layers", f"{len(report.layers)}; largest output error {worst.error:.2%} ({worst.name})"),
+        ("read back", f"logits differ by at most {report.logits_max_difference:.1e}"),
+        ("cost", f"{seconds(report.seconds)}, peak memory {size(report.peak_memory_bytes)}"),
+    ]
+    if report.calibration_tokens:
+        rows.insert(3, ("calibration", f"{report.calibration_tokens} tokens"))
+    if fallbacks:
+        rows.append(("fallbacks", ", ".join(f"{x.name}: {x.fallback}" for x in fallbacks)))
+    return rows
+
+
+def _evaluate_rows(report: EvaluateReport) -> list[Row]:
+    rows = [
+        ("perplexity", f"{report.perplexity:.4f} over {report.tokens} tokens of {report.text}"),
+        ("protocol", report.protocol),
+        ("speed", f"{report.tokens_per_s:.0f} tokens/s scored"),
+        (
+            "weights",
+            f"{size(report.model.bytes) if report.model else '?'} on disk, "
+            f"{size(report.memory_bytes)} in memory",
+        ),
+    ]
+    if report.baseline is not None and report.delta_nll is not None:
+        rows += [
+            (
+                "baseline",
+                f"{report.baseline.model.name}: perplexity {report.baseline.perplexity:.4f}",
+            ),
+            (
+                "change",
+                f"{report.perplexity / report.baseline.perplexity - 1:+.2%} perplexity, "
+                f"{report.delta_nll:+.4f} nats per token",
+            ),
+            (
+                "divergence",
+                f"KL {report.kl_divergence:.4f} nats, top-1 agreement {report.top1_agreement:.2%}",
+            ),
+        ]
+    return rows
+
+
+def _profile_rows(report: ProfileReport) -> list[Row]:
+    static = report.static
+    fit = "fits" if static.fits else "does NOT fit"
+    rows = [
+        (
+            "parameters",
+            f"{static.parameters / 1e6:.1f} M "
+            f"({static.parameters_without_embedding / 1e6:.1f} M without embedding)",
+        ),
+        ("weights", size(static.weight_bytes)),
+        (
+            "KV cache",
+            f"{size(static.kv_bytes_per_token)} per token; {size(static.kv_bytes)} "
+            f"at batch {static.batch}, context {static.context}",
+        ),
+        (
+            "memory",
+            f"{size(static.memory_bytes)} of {size(static.device_memory_bytes)}: {fit}; "
+            f"largest batch {static.largest_batch}",
+        ),
+        (
+            "prefill needs",
+            f"{static.prefill.flops / 1e9:.4g} GFLOP, {size(static.prefill.bytes)} "
+            f"for {static.prefill.tokens} tokens",
+        ),
+        (
+            "decode needs",
+            f"{static.decode.flops / 1e9:.4g} GFLOP, {size(static.decode.bytes)} per step",
+        ),
+    ]
+    if report.prefill is not None:
+        rows.append(("prefill", _phase(report.prefill)))
+    if report.decode is not None:
+        rows.append(("decode", _phase(report.decode)))
+    if report.peaks is not None:
+        peaks = report.peaks
+        rows.append(
+            (
+                "peaks",
+                f"{peaks.flops_per_s / 1e9:.0f} GFLOP/s, {peaks.bytes_per_s / 1e9:.1f} GB/s "
+                f"({peaks.dtype}, measured {peaks.measured_at})",
+            )
+        )
+    return rows
+
+
+def _phase(phase: MeasuredPhase) -> str:
+    return (
+        f"{seconds(phase.seconds)}, {phase.tokens_per_s:.1f} tokens/s; "
+        f"MFU {phase.mfu:.1%} ({phase.flops_per_s / 1e9:.1f} GFLOP/s), "
+        f"MBU {phase.mbu:.1%} ({phase.bytes_per_s / 1e9:.1f} GB/s)"
+    )
+
+
+def _bench_rows(report: BenchReport) -> list[Row]:
+    rows = [
+        (
+            "requests",
+            f"{report.completed} completed, {report.failed} failed, "
+            f"{report.concurrency} at once, in {report.duration_s:.1f} s",
+        ),
+        ("TTFT", _spread(report.ttft_s)),
+        ("TPOT", _spread(report.tpot_s)),
+        ("end to end", _spread(report.e2e_s)),
+        (
+            "throughput",
+            f"{report.output_tokens_per_s:.1f} output tokens/s, "
+            f"{report.total_tokens_per_s:.1f} with prompts",
+        ),
+    ]
+    rows += [("failed", f"{count} x {message}") for message, count in report.errors.items()]
+    return rows
+
+
+def _spread(values: Percentiles | None) -> str:
+    if values is None:
+        return "undefined"
+    return f"p50 {seconds(values.p50)}, p95 {seconds(values.p95)}, p99 {seconds(values.p99)}"
+
+
+def _serve_rows(report: ServeReport) -> list[Row]:
+    rows = [("ready after", seconds(report.startup_s))]
+    for answer in report.answers:
+        rows += [
+            ("asked", answer.question),
+            (
+                "answered",
+                f"{answer.answer!r} ({answer.completion_tokens} tokens, {seconds(answer.seconds)})",
+            ),
+        ]
+    return rows
+
+
+def _doctor(report: DoctorReport) -> "RenderableType":
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(
+        title="infopt doctor", title_justify="left", show_header=False, box=None, pad_edge=False
+    )
+    table.add_column(no_wrap=True)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for found in report.findings:
+        mark = "[green]ok[/]" if found.usable else "[yellow]--[/]"
+        table.add_row(
+            mark,
+            found.name,
+            escape(f"{found.detail}; {found.advice}" if found.advice else found.detail),
+        )
+    model = report.default_model
+    mark = "[green]ok[/]" if model.path else "[red]no[/]"
+    table.add_row(mark, "default model", f"{model.name}: {model.path or model.error}")
+    table.add_row("", "cache", report.cache)
+    table.add_row("", "computes", f"on {report.device} in {report.dtype}")
+    return table

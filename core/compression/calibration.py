@@ -1,0 +1,34 @@
+"""The text that a compression method sees, as batches of tokens."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from infopt.core.artifact.read import Artifact
+from infopt.core.recipe.text import CalibrationSettings
+from infopt.core.text.sources import calibration_text
+from infopt.core.text.windows import token_windows
+
+
+def calibration_tokens(artifact: Artifact, settings: CalibrationSettings, seed: int) -> Tensor:
+    """Windows of the calibration text, int64 [samples, sequence_length]."""
+    return token_windows(
+        calibration_text(settings.text),
+        artifact.tokenizer(),
+        length=settings.sequence_length,
+        count=settings.samples,
+        seed=seed,
+        chat=settings.chat,
+    )
+
+
+def batches(tokens: Tensor, batch_tokens: int) -> tuple[Tensor, ...]:
+    """Split windows [n, length] into batches of at most `batch_tokens` tokens, at least one window."""
+    return torch.split(tokens, max(1, batch_tokens // tokens.shape[1]))
+
+
+def token_hash(tokens: Tensor) -> str:
+    """SHA-256 of shape and content, in hex."""
+    content = tokens.to(torch.int64).contiguous().numpy().tobytes()
+    return hashlib.sha256(str(tuple(tokens.shape)).encode() + content).hexdigest()

@@ -1,0 +1,120 @@
+"""Which linear layers a compression method changes, and which sizes of groups fit them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from infopt.core.errors import UnsupportedError, UsageError
+from infopt.core.models.hf import blocks
+from infopt.core.recipe.base import nearest
+from infopt.core.recipe.quantize import GroupSize
+
+GROUP_SIZES = (128, 64, 32)
+_ALWAYS_ALLOWED = "lm_head"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A linear layer [outputs, inputs] by its full name."""
+
+    name: str
+    outputs: int
+    inputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class TargetBlock:
+    """A block and its targets, in the order of the model's definition."""
+
+    name: str
+    targets: tuple[Target, ...]
+
+
+def find_targets(model: PreTrainedModel, ignore: Sequence[str]) -> tuple[TargetBlock, ...]:
+    """The linear layers within the blocks, less those that a pattern of `ignore` names.
+
+    Layers outside of the blocks (lm_head) are never targets. Raises UsageError for a pattern that
+    names nothing, UnsupportedError for a block with weights that are no linear layers.
+    """
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for pattern in ignore:
+        known = any(fnmatchcase(name, pattern) for name, _ in model.named_modules())
+        if not known and pattern != _ALWAYS_ALLOWED:
+            raise UsageError(
+                f"ignore: {pattern!r} names no layer of {type(model).__name__}",
+                nearest(pattern, linears) if len(linears) < 8 else _close(pattern, linears),
+            )
+    found = []
+    for block_name, block in blocks(model):
+        targets = []
+        for local, module in block.named_modules():
+            name = f"{block_name}.{local}"
+            if any(fnmatchcase(name, pattern) for pattern in ignore):
+                continue
+            if isinstance(module, nn.Linear):
+                targets.append(Target(name, module.out_features, module.in_features))
+            else:
+                _refuse_other_weights(name, module)
+        found.append(TargetBlock(block_name, tuple(targets)))
+    if not any(block.targets for block in found):
+        raise UsageError("ignore leaves no linear layer to compress")
+    return tuple(found)
+
+
+def require_multiple(targets: Sequence[Target], multiple: int, purpose: str) -> None:
+    """Raise UnsupportedError naming the layers of which `multiple` does not divide both sides."""
+    wrong = [t for t in targets if t.outputs % multiple or t.inputs % multiple]
+    if wrong:
+        sides = sorted({(t.outputs, t.inputs) for t in wrong})
+        raise UnsupportedError(
+            f"{purpose} needs both sides of a layer divisible by {multiple}, but {wrong[0].name}"
+            f"{f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''} have "
+            + ", ".join(f"{outputs}x{inputs}" for outputs, inputs in sides[:3]),
+            f"leave them as they are: --ignore '{_pattern(wrong)}'",
+        )
+
+
+def choose_group_size(wanted: GroupSize, targets: Sequence[Target]) -> int | None:
+    """Input columns per group; None for the whole row.
+
+    'auto' is the largest of 128, 64, 32 that divides every layer, else the row. Raises UsageError
+    for a size that does not divide, naming those that do.
+    """
+    fitting = [size for size in GROUP_SIZES if all(t.inputs % size == 0 for t in targets)]
+    match wanted:
+        case "channel":
+            return None
+        case "auto":
+            return fitting[0] if fitting else None
+        case int() if wanted in fitting:
+            return wanted
+    odd = next(t for t in targets if t.inputs % wanted)
+    raise UsageError(
+        f"group_size {wanted} does not divide the {odd.inputs} input columns of {odd.name}",
+        "these fit every layer: " + ", ".join([str(size) for size in fitting] + ["channel"]),
+    )
+
+
+def _refuse_other_weights(name: str, module: nn.Module) -> None:
+    matrices = [key for key, p in module.named_parameters(recurse=False) if p.ndim > 1]
+    if matrices and not isinstance(module, nn.Embedding):
+        raise UnsupportedError(
+            f"{name}.{matrices[0]} is a {type(module).__name__}, "
+            "and infopt compresses only blocks made of torch.nn.Linear",
+            f"leave it as it is: --ignore '{name}'",
+        )
+
+
+def _close(pattern: str, linears: Sequence[str]) -> str:
+    """The nearest of many names: of whole names, or of their last parts."""
+    leaves = sorted({name.rpartition(".")[2] for name in linears})
+    hint = nearest(pattern, [*linears, *leaves, *(f"*.{leaf}" for leaf in leaves)])
+    return hint if hint.startswith("did") else "the layers end in: " + ", ".join(leaves)
+
+
+def _pattern(targets: Sequence[Target]) -> str:
+    leaves = {t.name.rpartition(".")[2] for t in targets}
+    return targets[0].name if len(leaves) > 1 or len(targets) == 1 else f"*.{leaves.pop()}"

@@ -1,0 +1,229 @@
+"""The block-by-block walk through a model that every compression method shares.
+
+Only one block's weights are in memory at a time, and for every calibration batch the hidden
+states between two blocks. What else a block is called with (positions, masks) is recorded from one
+forward pass of the model in which every block hands its input on, so no model needs its own code.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from infopt.core.artifact.read import Artifact
+from infopt.core.compression.targets import Target
+from infopt.core.errors import NumericsError
+from infopt.core.models.hf import blocks, materialize, release, skeleton, tie
+
+Sink = Callable[[str, Tensor], None]
+"""Is handed the name of a layer and its input [batch, length, K]."""
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Enough(Exception):
+    """What was wanted of a forward pass has been seen."""
+
+
+class Walk:
+    """A model on its way: `hidden` are the inputs of the block `position`, one tensor a batch.
+
+    tokens: int64 [batch, length] each. Names, block by block, are `names`.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        tokens: Sequence[Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.artifact, self.tokens, self.dtype, self.device = artifact, tuple(tokens), dtype, device
+        self.model: PreTrainedModel = skeleton(artifact, dtype)
+        self.names = [name for name, _ in blocks(self.model)]
+        self._blocks = [block for _, block in blocks(self.model)]
+        self._returns_tuple = False
+        self._calls: list[list[_Call]] = []
+        self.position = 0
+        self.hidden: list[Tensor] = []
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Embed the tokens and record how each block is called; then stand before the first block."""
+        self._fill_outside()
+        self.hidden, self._calls, self.position = [], [], 0
+        self._returns_tuple = self._first_returns_tuple()
+        pool: dict[tuple[Any, ...], Tensor] = {}
+        for index in range(len(self.tokens)):
+            calls = [_part(*call) for call in self._record(index, stop_at=len(self._blocks) - 1)]
+            self.hidden.append(calls[0][0].to("cpu"))
+            self._calls.append([_shared(rest, (i,), pool) for i, (_, rest) in enumerate(calls)])
+        release(self.model)
+
+    def skip_to(self, position: int, hidden: Sequence[Tensor]) -> None:
+        """Stand before the block `position` with the hidden states of an earlier walk (after `start`)."""
+        assert len(hidden) == len(self.tokens)
+        self.position, self.hidden = position, list(hidden)
+
+    def load(self) -> None:
+        """Read the weights of the block to come; `advance` releases them."""
+        block, name = self._blocks[self.position], self.names[self.position]
+        materialize(self.model, name, block, self.artifact, self.dtype, self.device)
+
+    def layer(self, name: str) -> nn.Linear:
+        """A linear layer by its full name."""
+        found = self.model.get_submodule(name)
+        assert isinstance(found, nn.Linear)
+        return found
+
+    @torch.no_grad()
+    def input_groups(self, targets: Sequence[Target]) -> list[tuple[str, ...]]:
+        """The targets of the loaded block by the input that they share, in the order of their calls.
+
+        Targets that are never called come last, each alone.
+        """
+        order: list[tuple[Tensor, list[str]]] = []
+
+        def note(name: str, value: Tensor) -> None:
+            for known, names in order:
+                if known is value:
+                    names.append(name)
+                    return
+            order.append((value, [name]))
+
+        names = [target.name for target in targets]
+        with ExitStack() as hooks:
+            self._watch(hooks, names, note)
+            self._forward(0)
+        called = {name for _, group in order for name in group}
+        groups = [tuple(dict.fromkeys(group)) for _, group in order]
+        return groups + [(name,) for name in names if name not in called]
+
+    @torch.no_grad()
+    def observe(self, names: Sequence[str], sink: Sink) -> None:
+        """Hand the inputs of the layers `names` to `sink`, batch by batch, and compute no further."""
+        for index in range(len(self.tokens)):
+            waiting = set(names)
+
+            def note(name: str, value: Tensor, waiting: set[str] = waiting) -> None:
+                sink(name, value)
+                waiting.discard(name)
+                if not waiting:
+                    raise _Enough
+
+            with ExitStack() as hooks:
+                self._watch(hooks, names, note)
+                with suppress(_Enough):
+                    self._forward(index)
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Run the loaded block over all batches, release it, and stand before the next one."""
+        for index in range(len(self.tokens)):
+            output = self._forward(index).to("cpu")
+            if not bool(torch.isfinite(output).all()):
+                raise NumericsError(
+                    f"{self.names[self.position]} of {self.artifact.name} computes values "
+                    f"that are not finite in {str(self.dtype).removeprefix('torch.')}",
+                    "try --dtype float32; if it is so already, the weights are broken",
+                )
+            self.hidden[index] = output
+        release(self._blocks[self.position])
+        self.position += 1
+
+    @torch.no_grad()
+    def logits(self, index: int) -> Tensor:
+        """What the model makes of one batch's hidden states after the last block."""
+        assert self.position == len(self._blocks)
+        hidden = self.hidden[index].to(self.device)
+        self._fill_outside()
+        with ExitStack() as stack:
+            for block in self._blocks:
+                _replace_forward(stack, block, lambda *_, **__: self._as_output(hidden))
+            output = self.model(input_ids=self.tokens[index].to(self.device), use_cache=False)
+        release(self.model)
+        logits: Tensor = output.logits
+        return logits.to("cpu")
+
+    def _forward(self, index: int) -> Tensor:
+        args, kwargs = self._calls[index][self.position]
+        block = self._blocks[self.position]
+        output = block(self.hidden[index].to(self.device), *args, **kwargs)
+        hidden: Tensor = output[0] if self._returns_tuple else output
+        return hidden
+
+    def _first_returns_tuple(self) -> bool:
+        """Some models' blocks return a tuple, and their hand-me-on must look alike: run one to know."""
+        args, kwargs = self._record(0, stop_at=0)[0]
+        self.load()
+        output = self._blocks[0](*args, **kwargs)
+        release(self._blocks[0])
+        return isinstance(output, tuple)
+
+    def _record(self, index: int, stop_at: int) -> list[_Call]:
+        """How the blocks up to `stop_at` are called for a batch when each hands its input on."""
+        calls: list[_Call] = []
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            calls.append((args, kwargs))
+            if len(calls) > stop_at:
+                raise _Enough
+            return self._as_output(args[0] if args else kwargs["hidden_states"])
+
+        with ExitStack() as stack:
+            for block in self._blocks:
+                _replace_forward(stack, block, forward)
+            with suppress(_Enough):
+                self.model(input_ids=self.tokens[index].to(self.device), use_cache=False)
+        return calls
+
+    def _as_output(self, hidden: Tensor) -> Any:
+        return (hidden, None, None) if self._returns_tuple else hidden
+
+    def _watch(self, hooks: ExitStack, names: Sequence[str], sink: Sink) -> None:
+        for name in names:
+
+            def hook(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                sink(name, args[0])
+
+            hooks.enter_context(self.layer(name).register_forward_pre_hook(hook))
+
+    def _fill_outside(self) -> None:
+        """Read what lies around the blocks: embeddings, the last norm, the head."""
+        prefix = self.names[0].rpartition(".")[0] + "."
+        materialize(
+            self.model, "", self.model, self.artifact, self.dtype, self.device, skip=(prefix,)
+        )
+        tie(self.model)
+
+
+def _replace_forward(stack: ExitStack, block: nn.Module, forward: Callable[..., Any]) -> None:
+    block.forward = forward
+    stack.callback(block.__dict__.pop, "forward", None)
+
+
+def _part(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call]:
+    """A block's call, parted into the hidden states and all else."""
+    if args:
+        return args[0], (args[1:], kwargs)
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), ((), rest)
+
+
+def _shared(value: Any, path: tuple[Any, ...], pool: dict[Any, Tensor]) -> Any:
+    """The same structure, its tensors those of an earlier batch where they are equal: masks and
+    positions are the same for all windows of one length, and are kept once."""
+    if isinstance(value, Tensor):
+        known = pool.get(path)
+        if known is not None and known.shape == value.shape and torch.equal(known, value):
+            return known
+        pool.setdefault(path, value)
+        return value
+    if isinstance(value, dict):
+        return {key: _shared(item, (*path, key), pool) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(_shared(item, (*path, i), pool) for i, item in enumerate(value))
+    return value

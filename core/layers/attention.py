@@ -1,0 +1,52 @@
+"""Self-attention over a paged cache."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from infopt.core.layers.linear import Linear
+from infopt.core.layers.norm import HeadNorm
+from infopt.core.layers.rotary import Rotary
+from infopt.kernels.attention.cache import write_kv
+from infopt.kernels.attention.paged import AttentionPlan, planned_attention
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionInputs:
+    """Where the tokens of one step stand, for every layer alike."""
+
+    rotary: Rotary
+    slots: Tensor
+    """[T]: the cache slots of the step's tokens."""
+    plan: AttentionPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Grouped-query attention with fused projections; writes the new keys and values, then attends."""
+
+    qkv: Linear
+    output: Linear
+    head_norm: HeadNorm | None
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def __call__(self, x: Tensor, inputs: AttentionInputs, cache: Tensor) -> Tensor:
+        """x [T, hidden] -> [T, hidden]; `cache` is this layer's."""
+        tokens = x.shape[0]
+        qkv = self.qkv(x).view(tokens, self.heads + 2 * self.kv_heads, self.head_dim)
+        query_key = qkv[:, : self.heads + self.kv_heads]
+        if self.head_norm is not None:
+            query_key.copy_(self.head_norm(query_key))
+        inputs.rotary.rotate_(query_key)
+        write_kv(cache, qkv[:, self.heads :], inputs.slots)
+        attended = planned_attention(
+            qkv[:, : self.heads], cache, inputs.plan, self.head_dim**-0.5
+        )
+        return self.output(attended.view(tokens, self.heads * self.head_dim))
+
+    @property
+    def nbytes(self) -> int:
+        norm = self.head_norm.nbytes if self.head_norm is not None else 0
+        return self.qkv.nbytes + self.output.nbytes + norm

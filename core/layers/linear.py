@@ -1,0 +1,33 @@
+"""A dense projection."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """y = x W^T + b with weight [out, in] and bias [out] or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes resident, all of them read by each call."""
+        return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
+
+
+def fused(parts: Sequence[Linear]) -> Linear:
+    """Projections of the same input as one, their outputs side by side (QKV; gate and up)."""
+    biases = [part.bias for part in parts if part.bias is not None]
+    assert len(biases) in (0, len(parts)), "either all parts have a bias or none"
+    return Linear(
+        torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None
+    )

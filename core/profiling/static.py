@@ -1,0 +1,253 @@
+"""What a model needs, from its config alone: parameters, FLOPs and bytes by operator, memory.
+
+FLOPs are those of the matrix products, two per multiply-add; attention is causal, a token attends
+to itself and all before it. Prefill computes lm_head for the last position only.
+
+    decode   2 N_mm + 4 L Hq d S                                     per sequence
+    prefill  2 N_layers P + 2 V h + 4 L Hq d P (P + 1) / 2           per sequence
+
+Bytes are the least that must move: each weight once per pass, the KV cache read once and the new
+entries written; of the embedding table only the rows looked up. Hidden states are not counted.
+"""
+
+from collections.abc import Callable, Mapping
+
+from infopt.core.artifact.headers import TensorHeader
+from infopt.core.models.config import ModelConfig
+from infopt.core.reports.profile import MemoryNeed, OperatorCost, PhaseCost, StaticProfile
+
+OPERATORS = ("embedding", "norms", "qkv", "attention", "o", "gate_up", "down", "lm_head")
+
+# Of a tensor's name, in the order they are tried: q_norm is a norm, not a q projection.
+_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("norms", ("norm",)),
+    ("embedding", ("embed_tokens", ".wte.", "word_embeddings")),
+    ("lm_head", ("lm_head", "output.weight")),
+    ("qkv", ("q_proj", "k_proj", "v_proj", "qkv_proj")),
+    ("o", ("o_proj",)),
+    ("gate_up", ("gate_proj", "up_proj")),
+    ("down", ("down_proj",)),
+)
+
+
+def matrix_sizes(config: ModelConfig) -> dict[str, int]:
+    """Elements of the weight matrices by operator, all layers together; lm_head also where it is tied."""
+    hidden, wide = config.hidden_size, config.heads * config.head_dim
+    narrow = config.kv_heads * config.head_dim
+    return {
+        "qkv": config.layers * hidden * (wide + 2 * narrow),
+        "o": config.layers * wide * hidden,
+        "gate_up": config.layers * 2 * hidden * config.intermediate_size,
+        "down": config.layers * config.intermediate_size * hidden,
+        "lm_head": config.vocab_size * hidden,
+    }
+
+
+def parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters by operator, biases and norms included; a tied table is in embedding and lm_head."""
+    found = {"embedding": config.vocab_size * config.hidden_size, **matrix_sizes(config)}
+    head_norms = 2 * config.head_dim if config.qk_norm else 0
+    found["norms"] = config.layers * (2 * config.hidden_size + head_norms) + config.hidden_size
+    if config.qkv_bias:
+        found["qkv"] += config.layers * (config.heads + 2 * config.kv_heads) * config.head_dim
+    if config.output_bias:
+        found["o"] += config.layers * config.hidden_size
+    if config.mlp_bias:
+        found["gate_up"] += config.layers * 2 * config.intermediate_size
+        found["down"] += config.layers * config.hidden_size
+    return found
+
+
+def total(config: ModelConfig, by_operator: Mapping[str, int]) -> int:
+    """The sum over the operators, a tied table counted once."""
+    return sum(by_operator.values()) - (by_operator["embedding"] if config.tied_embeddings else 0)
+
+
+def weight_bytes(
+    config: ModelConfig, dtype_bytes: int, headers: Mapping[str, TensorHeader] | None = None
+) -> dict[str, int]:
+    """Bytes by operator with plain weights in the dtype of the run; from the tensors where given.
+
+    Quantized layers count as they are stored, with their scales and zeros.
+    """
+    if headers is None:
+        return {name: count * dtype_bytes for name, count in parameters(config).items()}
+    packed = {_module(name) for name, header in headers.items() if "int" in header.dtype}
+    found = dict.fromkeys(("embedding", "norms", "qkv", "o", "gate_up", "down", "lm_head"), 0)
+    for name, header in headers.items():
+        stored = _module(name) in packed or header.dtype.startswith("float8")
+        size = header.nbytes if stored else header.numel * dtype_bytes
+        operator = operator_of(name)
+        found[operator] = found.get(operator, 0) + size
+    if config.tied_embeddings:
+        found["lm_head"] = found["embedding"]
+    return found
+
+
+def operator_of(tensor: str) -> str:
+    """The operator that reads a tensor of a checkpoint; 'other' where the name says nothing."""
+    for operator, words in _NAMES:
+        if any(word in tensor for word in words):
+            return operator
+    return "other"
+
+
+def _module(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype_bytes: int) -> int:
+    """Keys and values of one token over all layers: 2 L Hkv d B."""
+    return 2 * config.layers * config.kv_heads * config.head_dim * dtype_bytes
+
+
+def kv_bytes(config: ModelConfig, *, batch: int, context: int, dtype_bytes: int) -> int:
+    """The cache of `batch` sequences of `context` tokens; a sliding window bounds what is kept."""
+    kept = min(context, config.sliding_window or context)
+    return batch * kept * kv_bytes_per_token(config, dtype_bytes)
+
+
+def attended(config: ModelConfig, tokens: int) -> int:
+    """Query-key pairs of a sequence's first `tokens` tokens: sum of min(i, window) over i = 1..tokens."""
+    window = min(tokens, config.sliding_window or tokens)
+    return window * (window + 1) // 2 + (tokens - window) * window
+
+
+def phase_cost(
+    config: ModelConfig,
+    weights: Mapping[str, int],
+    *,
+    batch: int,
+    past: int,
+    new: int,
+    dtype_bytes: int,
+) -> PhaseCost:
+    """One pass of `new` tokens per sequence over `past` cached ones: decode is new=1, prefill past=0."""
+    sizes = matrix_sizes(config)
+    pairs = attended(config, past + new) - attended(config, past)
+    flops = {name: 2.0 * size * batch * new for name, size in sizes.items()}
+    flops["lm_head"] = 2.0 * sizes["lm_head"] * batch
+    flops["attention"] = 4.0 * config.layers * config.heads * config.head_dim * pairs * batch
+    read = dict(weights)
+    rows = min(batch * new, config.vocab_size)
+    read["embedding"] = weights["embedding"] * rows // config.vocab_size
+    cached = min(past, config.sliding_window - 1) if config.sliding_window else past
+    moved = batch * (cached + 2 * new) * kv_bytes_per_token(config, dtype_bytes)
+    names = [*OPERATORS, *(name for name in weights if name not in OPERATORS)]
+    operators = tuple(
+        OperatorCost(
+            name=name,
+            flops=flops.get(name, 0.0),
+            weight_bytes=float(read.get(name, 0)),
+            activation_bytes=float(moved) if name == "attention" else 0.0,
+        )
+        for name in names
+    )
+    return PhaseCost(
+        tokens=batch * new,
+        flops=sum(o.flops for o in operators),
+        bytes=sum(o.weight_bytes + o.activation_bytes for o in operators),
+        operators=operators,
+    )
+
+
+def memory_need(
+    config: ModelConfig,
+    resident: int,
+    *,
+    batch: int,
+    context: int,
+    step_tokens: int,
+    dtype_bytes: int,
+    reserve: int,
+) -> MemoryNeed:
+    """Bytes while serving `batch` sequences of `context` tokens, `step_tokens` of them computed at a time.
+
+    Activations are the widest point of one layer; logits are held in float32 beside the dtype's own.
+    """
+    attention = (2 * config.heads + 2 * config.kv_heads) * config.head_dim
+    widest = 2 * config.hidden_size + max(attention, 3 * config.intermediate_size)
+    need = {
+        "weights": resident,
+        "kv_cache": kv_bytes(config, batch=batch, context=context, dtype_bytes=dtype_bytes),
+        "activations": max(step_tokens, batch) * widest * dtype_bytes,
+        "logits": batch * config.vocab_size * (dtype_bytes + 4),
+        "reserve": reserve,
+    }
+    return MemoryNeed(**need, total=sum(need.values()))
+
+
+def static_profile(
+    config: ModelConfig,
+    *,
+    dtype: str,
+    batch: int,
+    prompt_tokens: int,
+    context: int,
+    device_memory: int,
+    step_tokens: int = 512,
+    reserve: int = 0,
+    headers: Mapping[str, TensorHeader] | None = None,
+) -> StaticProfile:
+    """Everything that the config tells of prefill(batch, prompt_tokens) and of decode at `context`.
+
+    The decode step attends to `context` positions, its own included.
+    """
+    width = dtype_size(dtype)
+    weights = weight_bytes(config, width, headers)
+    resident = total(config, weights)
+    counts = parameters(config)
+
+    def need(size: int) -> MemoryNeed:
+        return memory_need(
+            config,
+            resident,
+            batch=size,
+            context=context,
+            step_tokens=min(step_tokens, size * prompt_tokens),
+            dtype_bytes=width,
+            reserve=reserve,
+        )
+
+    def cost(past: int, new: int) -> PhaseCost:
+        return phase_cost(
+            config, weights, batch=batch, past=past, new=new, dtype_bytes=width
+        )
+
+    memory = need(batch)
+    return StaticProfile(
+        dtype=dtype,
+        parameters=total(config, counts),
+        parameters_without_embedding=sum(counts.values()) - counts["embedding"],
+        weight_bytes=resident,
+        kv_bytes_per_token=kv_bytes_per_token(config, width),
+        batch=batch,
+        context=context,
+        kv_bytes=memory.kv_cache,
+        memory=memory,
+        memory_bytes=memory.total,
+        device_memory_bytes=device_memory,
+        fits=memory.total <= device_memory,
+        largest_batch=_largest(lambda size: need(size).total <= device_memory),
+        prefill=cost(0, prompt_tokens),
+        decode=cost(context - 1, 1),
+    )
+
+
+def dtype_size(dtype: str) -> int:
+    """Bytes of one element of a run's dtype."""
+    return {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
+
+
+def _largest(fits: Callable[[int], bool]) -> int:
+    """The largest batch that fits, found by doubling and halving; 0 if none does."""
+    if not fits(1):
+        return 0
+    high = 2
+    while fits(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

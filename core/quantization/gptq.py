@@ -1,0 +1,160 @@
+"""GPTQ: round column by column, and let the columns to come make up for each error.
+
+Frantar et al., 2022, https://arxiv.org/abs/2210.17323. Pure functions: no module, hook or device.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from infopt.core.formats.number import IntegerFormat, QuantizedWeight
+from infopt.core.quantization.grid import Grid, make_grid, round_to_grid
+from infopt.core.quantization.nearest import as_quantized, group_grids, quantize_nearest
+
+_BLOCK = 128
+_LADDER = (0.02, 0.05, 0.1, 0.2, 0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class GptqResult:
+    """The codes, and what had to be done to get them.
+
+    damp: the share of the mean diagonal that was added; fallback: None, or in words how far the
+    ladder was climbed.
+    """
+
+    weight: QuantizedWeight
+    damp: float
+    fallback: str | None
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    number_format: IntegerFormat,
+    *,
+    act_order: bool = True,
+    damp: float = 0.01,
+    block: int = _BLOCK,
+) -> GptqResult:
+    """Quantize a weight [N, K] under a Hessian float32 [K, K] of its inputs.
+
+    With `act_order` columns go by falling diagonal and the grids are those of the weight as it was
+    given (static groups); without, a group's grid is made when its turn comes, from its weights as
+    corrected by then. Inputs that are always 0 leave their columns to rounding.
+    """
+    diagonal = hessian.diagonal()
+    dead = diagonal <= 0
+    if bool(dead.all()):
+        fallback = "rtn: no input but zeros reached this layer"
+        return GptqResult(quantize_nearest(weight, number_format), 0.0, fallback)
+    prepared = hessian.clone()
+    prepared.diagonal()[dead] = diagonal[~dead].mean()
+    order = torch.argsort(prepared.diagonal(), descending=True, stable=True) if act_order else None
+    if order is not None:
+        prepared = prepared[order][:, order]
+    factor, damp, fallback = inverse_factor(prepared, damp)
+    if factor is None:
+        return GptqResult(quantize_nearest(weight, number_format), damp, fallback)
+    columns = weight.float().T
+    if order is None:
+        codes, grid = _sweep_dynamic(columns.contiguous(), factor, number_format, block)
+    else:
+        grid = group_grids(weight, number_format)
+        codes = _sweep_static(columns[order], factor, number_format, block, grid, order)
+    return GptqResult(as_quantized(codes.T, grid, number_format), damp, fallback)
+
+
+def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor | None, float, str | None]:
+    """Upper U with U^T U = (H + damp mean(diag H) I)^-1, the damping used, and a word on fallbacks.
+
+    The ladder: `damp`; more and more of it; a floor of that height under the diagonal as well;
+    None (which means rounding).
+    """
+    mean = hessian.diagonal().mean()
+    for share in (damp, *(step for step in _LADDER if step > damp)):
+        factor = _factor(hessian, share * mean)
+        if factor is not None:
+            return factor, share, None if share == damp else f"damping raised to {share:g}"
+    floored = hessian.clone()
+    floored.diagonal().clamp_(min=float(mean))
+    factor = _factor(floored, _LADDER[-1] * mean)
+    if factor is not None:
+        return factor, _LADDER[-1], "diagonal floored at its mean"
+    return None, _LADDER[-1], "rtn: the Hessian has no Cholesky factor"
+
+
+def _factor(hessian: Tensor, added: Tensor) -> Tensor | None:
+    """With J the reversal of order, J H J = L L^T gives U = J L^-1 J: no inverse is ever formed."""
+    damped = hessian.clone()
+    damped.diagonal().add_(added)
+    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    if bool(failed):
+        return None
+    identity = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
+    factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    return factor if bool(torch.isfinite(factor).all()) else None
+
+
+def _sweep_static(
+    columns: Tensor,
+    factor: Tensor,
+    number_format: IntegerFormat,
+    block: int,
+    grid: Grid,
+    order: Tensor,
+) -> Tensor:
+    """Codes [K, N] in the original order, of `columns` [K, N] (changed) in the order given."""
+    group = (order // (order.numel() // grid.scale.shape[1])).tolist()
+    grids = [Grid(*pair) for pair in zip(grid.scale.T.contiguous(), grid.zero.T, strict=True)]
+    codes = torch.empty_like(columns)
+    for start in range(0, len(group), block):
+        stop = min(start + block, len(group))
+        chosen = [grids[g] for g in group[start:stop]]
+        codes[order[start:stop]] = _quantize_block(columns, factor, start, chosen, number_format)
+    return codes
+
+
+def _sweep_dynamic(
+    columns: Tensor, factor: Tensor, number_format: IntegerFormat, block: int
+) -> tuple[Tensor, Grid]:
+    """Codes [K, N] and grids [N, G] of `columns` [K, N] (changed), each group's grid made at its turn.
+
+    Blocks end where groups do, so that every weight of a group is up to date when its grid is made.
+    """
+    total = columns.shape[0]
+    size = number_format.group_size or total
+    block = min(block, size)
+    codes = torch.empty_like(columns)
+    made: list[Grid] = []
+    for first in range(0, total, size):
+        made.append(make_grid(columns[first : first + size].T, number_format))
+        for start in range(first, first + size, block):
+            count = min(block, first + size - start)
+            chosen = [made[-1]] * count
+            codes[start : start + count] = _quantize_block(
+                columns, factor, start, chosen, number_format
+            )
+    scale, zero = (torch.stack(parts, dim=1) for parts in ([g.scale for g in made], [g.zero for g in made]))
+    return codes, Grid(scale, zero)
+
+
+def _quantize_block(
+    columns: Tensor, factor: Tensor, start: int, grids: list[Grid], number_format: IntegerFormat
+) -> Tensor:
+    """Round the columns from `start` on, one for each of `grids`, and correct all that follow them."""
+    stop = start + len(grids)
+    current = columns[start:stop]
+    codes, errors = torch.empty_like(current), torch.empty_like(current)
+    diagonal = factor.diagonal()[start:stop].tolist()
+    for index, grid in enumerate(grids):
+        column = current[index]
+        code = round_to_grid(column, grid, number_format.max_code)
+        codes[index] = code
+        error = (column - (code - grid.zero) * grid.scale) / diagonal[index]
+        errors[index] = error
+        row = factor[start + index, start + index + 1 : stop]
+        current[index + 1 :].addr_(row, error, alpha=-1)
+    columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return codes

@@ -1,0 +1,82 @@
+"""Scheduled work as the tensors of one step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from infopt.core.models.decoder import StepInputs
+from infopt.core.runtime.scheduler import Work
+from infopt.kernels.attention.paged import plan_attention
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens `start` to `start + len(tokens)` of a sequence that owns `blocks`."""
+
+    tokens: Sequence[int]
+    start: int
+    blocks: Sequence[int]
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step: what the decoder reads, and the rows whose logits are wanted."""
+
+    inputs: StepInputs
+    rows: Tensor | None
+    """int64 [R], in the order of `sampling`; None where every row is wanted."""
+    sampling: tuple[Work, ...]
+
+
+def build_batch(
+    work: Sequence[Work], *, block_size: int, dtype: torch.dtype, device: torch.device
+) -> Batch:
+    """Lay the scheduled tokens behind one another, single tokens first, as attention wants them."""
+    ordered = sorted(work, key=lambda item: item.tokens > 1)
+    spans = [
+        Span(
+            item.request.tokens[item.request.computed : item.request.computed + item.tokens],
+            item.request.computed,
+            item.request.blocks,
+        )
+        for item in ordered
+    ]
+    ends = list(accumulate(item.tokens for item in ordered))
+    wanted = [end - 1 for item, end in zip(ordered, ends, strict=True) if item.samples]
+    return Batch(
+        inputs=step_inputs(spans, block_size=block_size, dtype=dtype, device=device),
+        rows=None if len(wanted) == ends[-1] else torch.tensor(wanted, device=device),
+        sampling=tuple(item for item in ordered if item.samples),
+    )
+
+
+def step_inputs(
+    spans: Sequence[Span], *, block_size: int, dtype: torch.dtype, device: torch.device
+) -> StepInputs:
+    """The tensors of a step over `spans`, those of a single token first."""
+    positions = [position for span in spans for position in range(span.start, span.end)]
+    slots = [
+        span.blocks[position // block_size] * block_size + position % block_size
+        for span in spans
+        for position in range(span.start, span.end)
+    ]
+    return StepInputs(
+        token_ids=torch.tensor([token for span in spans for token in span.tokens], device=device),
+        positions=torch.tensor(positions, device=device),
+        slots=torch.tensor(slots, device=device),
+        plan=plan_attention(
+            [span.blocks for span in spans],
+            [span.end for span in spans],
+            [0, *accumulate(len(span.tokens) for span in spans)],
+            block_size,
+            dtype,
+            device,
+        ),
+    )

@@ -1,0 +1,64 @@
+"""The paged KV cache: one tensor a layer, laid out as the attention kernels want it."""
+
+import psutil
+import torch
+from torch import Tensor
+
+from infopt.core.errors import ResourceError
+from infopt.core.models.config import ModelConfig
+from infopt.kernels.attention.cache import new_cache, token_bytes
+
+# Of the memory that is free once the weights are loaded; the rest is for activations and others.
+_CPU_SHARE = 0.5
+_CUDA_SHARE = 0.85
+
+
+class KVCache:
+    """The caches of all layers; block b of a request is block b in each."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.blocks = blocks
+        self.block_size = block_size
+        shape = (blocks, block_size, config.kv_heads, config.head_dim)
+        try:
+            self.layers: list[Tensor] = [
+                new_cache(*shape, dtype, device) for _ in range(config.layers)
+            ]
+        except RuntimeError as error:
+            size = blocks * block_bytes(config, block_size, dtype)
+            raise ResourceError(
+                f"no memory for a KV cache of {size / 2**30:.1f} GiB on {device}",
+                "ask for fewer blocks: --kv-blocks",
+            ) from error
+
+
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers."""
+    return config.layers * block_size * token_bytes(config.kv_heads, config.head_dim, dtype)
+
+
+def blocks_that_fit(
+    config: ModelConfig, *, block_size: int, dtype: torch.dtype, device: torch.device, enough: int
+) -> int:
+    """Blocks in a share of the memory that is free now, at most `enough`.
+
+    Raises ResourceError where not even one fits.
+    """
+    if device.type == "cuda":
+        free = int(torch.cuda.mem_get_info(device)[0] * _CUDA_SHARE)
+    else:
+        free = int(psutil.virtual_memory().available * _CPU_SHARE)
+    one = block_bytes(config, block_size, dtype)
+    if free < one:
+        raise ResourceError(
+            f"the free memory of {device} does not hold one KV block of {one / 2**20:.0f} MiB"
+        )
+    return min(enough, free // one)

@@ -1,0 +1,87 @@
+"""The phases of inference, one at a time, for profiling."""
+
+import torch
+
+from infopt.core.artifact.read import Artifact
+from infopt.core.hardware.choose import choose_device, choose_dtype
+from infopt.core.models.load import load_decoder
+from infopt.core.recipe.serve import EngineSettings
+from infopt.core.runtime.batch import Span, step_inputs
+from infopt.core.runtime.kv_cache import KVCache
+from infopt.core.runtime.model_runner import ModelRunner
+
+
+class PhaseRunner:
+    """Drives the engine's model runner without scheduler and sampler; each call returns when done.
+
+    The cache is as large as the phase at hand needs.
+    """
+
+    def __init__(self, artifact: Artifact, settings: EngineSettings) -> None:
+        name = choose_device(settings.device)
+        self.dtype = choose_dtype(settings.dtype, name)
+        self._device = torch.device(name)
+        self._block_size = settings.block_size
+        self._decoder = load_decoder(artifact, getattr(torch, self.dtype), self._device)
+        self.weight_bytes = self._decoder.step_bytes
+        """Bytes of weights that a decode step reads."""
+        self.resident_bytes = self._decoder.resident_bytes
+        """Bytes of all weights in memory."""
+        self._tokens = torch.Generator().manual_seed(settings.seed)
+        self._runner: ModelRunner | None = None
+        self._decoding: list[Span] = []
+
+    def prefill(self, batch: int, tokens: int) -> None:
+        """Compute `batch` prompts of `tokens` random tokens in one step, up to the logits of the last."""
+        self._run(self._runner_for(batch, tokens), self._spans(batch, tokens, new=tokens))
+
+    def prepare_decode(self, batch: int, context: int) -> None:
+        """Fill a cache for `batch` requests of `context` tokens each, the next one among them.
+
+        Keys and values are drawn at random: a step takes the same time whatever they are.
+        """
+        runner = self._runner_for(batch, context)
+        for cache in runner.cache.layers:
+            cache.normal_()
+        self._decoding = self._spans(batch, context, new=1)
+
+    def decode_step(self) -> None:
+        """One token for each request, its attention over the whole context; always the same context."""
+        assert self._decoding and self._runner, "prepare_decode comes first"
+        self._run(self._runner, self._decoding)
+
+    def _run(self, runner: ModelRunner, spans: list[Span]) -> None:
+        decoder = runner.decoder
+        inputs = step_inputs(
+            spans, block_size=self._block_size, dtype=decoder.dtype, device=self._device
+        )
+        new = len(spans[0].tokens)
+        rows = torch.arange(1, len(spans) + 1, device=self._device) * new - 1
+        runner.run(inputs, None if new == 1 else rows)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _runner_for(self, batch: int, context: int) -> ModelRunner:
+        blocks = batch * -(-context // self._block_size)
+        if self._runner is None or self._runner.cache.blocks != blocks:
+            self._runner = None  # the old cache goes before the new one comes
+            cache = KVCache(
+                self._decoder.config,
+                blocks=blocks,
+                block_size=self._block_size,
+                dtype=self._decoder.dtype,
+                device=self._device,
+            )
+            self._runner = ModelRunner(self._decoder, cache)
+        self._decoding = []
+        return self._runner
+
+    def _spans(self, batch: int, context: int, *, new: int) -> list[Span]:
+        """The last `new` of `context` tokens of each request, blocks dealt out in turn as they grow."""
+        width = -(-context // self._block_size)
+        drawn = torch.randint(
+            self._decoder.config.vocab_size, (batch, new), generator=self._tokens
+        ).tolist()
+        return [
+            Span(drawn[r], context - new, range(r, batch * width, batch)) for r in range(batch)
+        ]

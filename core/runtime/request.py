@@ -1,0 +1,96 @@
+"""What is asked of the engine, what it answers, and the state of a request in between."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from infopt.core.errors import UsageError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose the tokens of one request; raises UsageError for a value out of its range.
+
+    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 set no limit; `max_tokens` None means up to the
+    engine's longest sequence. Stop strings are for whoever turns tokens into text: the engine
+    itself heeds only `stop_token_ids` and the model's end-of-sequence tokens.
+    """
+
+    max_tokens: int | None = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Also give each token's log probability, and those of this many most likely tokens."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UsageError(f"max_tokens must be at least 1 (got {self.max_tokens})")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UsageError(f"temperature must be 0 or more (got {self.temperature})")
+        if self.top_k < 0:
+            raise UsageError(f"top_k must be 0 (no limit) or more (got {self.top_k})")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p must be above 0 and at most 1 (got {self.top_p})")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed must be from 0 to 2**63 - 1 (got {self.seed})")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise UsageError(f"logprobs must be from 0 to {MAX_LOGPROBS} (got {self.logprobs})")
+        if isinstance(self.stop, str) or "" in self.stop:
+            raise UsageError("stop must be a tuple of strings that are not empty")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The log probability of a chosen token under the model, before temperature and truncation."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """The most likely tokens and their log probabilities, best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one step added to one request.
+
+    A token that ends the request (end of sequence or a stop token) is not among `token_ids`.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A request on its way: the tokens known so far, and for how many of them the cache is filled."""
+
+    request_id: str
+    params: SamplingParams
+    tokens: list[int]
+    """The prompt, then what was generated."""
+    prompt_length: int
+    max_length: int
+    """The request is over when it has this many tokens."""
+    generator: torch.Generator
+    """Its own, so that its draws do not depend on the requests beside it."""
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+    """Tokens whose keys and values are in the cache."""
+
+    @property
+    def pending(self) -> int:
+        """Known tokens still to be computed; one of them is always left, else the request is over."""
+        return len(self.tokens) - self.computed

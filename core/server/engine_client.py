@@ -1,0 +1,115 @@
+"""The API's end of the engine: many requests over one socket, each with its own queue."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+
+import zmq
+import zmq.asyncio
+
+from infopt.core.errors import EngineError, InfoptError, UsageError
+from infopt.core.runtime.request import SamplingParams, StepOutput
+from infopt.core.server import messages
+
+Event = StepOutput | InfoptError
+
+
+class EngineClient:
+    """Requests in, tokens out; `run` must be running for anything to come back."""
+
+    def __init__(self, channel: zmq.asyncio.Socket) -> None:
+        self.limits: asyncio.Future[messages.Limits] = asyncio.get_running_loop().create_future()
+        """Known once the engine is loaded; raises what kept it from loading."""
+        self.failure: InfoptError | None = None
+        self._channel = channel
+        self._queues: dict[str, asyncio.Queue[Event]] = {}
+        self._asking: list[asyncio.Future[dict[str, int]]] = []
+
+    async def run(self) -> None:
+        """Hand what the engine sends to whom it concerns, until cancelled."""
+        while True:
+            message = messages.unpack(await self._channel.recv())
+            match message["kind"]:
+                case "outputs":
+                    for values in message["outputs"]:
+                        output = messages.output_from_map(values)
+                        self._tell(output.request_id, output)
+                case "rejected":
+                    self._tell(message["id"], UsageError(message["message"]))
+                case "stats":
+                    for future in self._asking:
+                        if not future.done():
+                            future.set_result(message["stats"])
+                    self._asking.clear()
+                case "ready":
+                    self.limits.set_result(messages.Limits(message["max_model_len"]))
+                case "failed":
+                    self.fail(messages.error_from_map(message))
+
+    async def generate(
+        self, prompt: Sequence[int], params: SamplingParams
+    ) -> AsyncGenerator[StepOutput, None]:
+        """The outputs of one request; closing the generator early aborts it in the engine.
+
+        Raises UsageError if the engine rejects the request, EngineError if it fails or is gone.
+        """
+        self._check()
+        name = uuid.uuid4().hex
+        queue = self._queues[name] = asyncio.Queue()
+        over = False
+        await self._send("add", id=name, prompt=prompt, params=messages.params_to_map(params))
+        try:
+            while not over:
+                event = await queue.get()
+                over = isinstance(event, InfoptError) or event.finish_reason is not None
+                if isinstance(event, InfoptError):
+                    raise event
+                if event.finish_reason in ("error", "abort"):
+                    raise EngineError(f"the request failed: {event.error or 'it was aborted'}")
+                yield event
+        finally:
+            del self._queues[name]
+            if not over and self.failure is None:
+                await self._send("abort", id=name)
+
+    async def stats(self, timeout: float) -> dict[str, int]:
+        """Ask the engine for its counts; EngineError if it is gone or silent for `timeout` seconds."""
+        self._check()
+        future: asyncio.Future[dict[str, int]] = asyncio.get_running_loop().create_future()
+        self._asking.append(future)
+        await self._send("stats")
+        try:
+            return await asyncio.wait_for(future, timeout)
+        except TimeoutError:
+            raise EngineError(f"the engine did not answer within {timeout:g} s") from None
+
+    def fail(self, error: InfoptError) -> None:
+        """Give every request in flight this error, and all later ones; the first error stays."""
+        if self.failure is not None:
+            return
+        self.failure = error
+        if not self.limits.done():
+            self.limits.set_exception(error)
+        for queue in self._queues.values():
+            queue.put_nowait(self._fresh())
+        for future in self._asking:
+            if not future.done():
+                future.set_exception(self._fresh())
+        self._asking.clear()
+
+    def _fresh(self) -> InfoptError:
+        """An exception of its own for each raiser: tracebacks pile up on a shared one."""
+        assert self.failure is not None
+        return EngineError(self.failure.message, self.failure.hint)
+
+    def _check(self) -> None:
+        if self.failure is not None:
+            raise self._fresh()
+
+    async def _send(self, kind: str, **content: object) -> None:
+        await self._channel.send(messages.pack(kind, **content))
+
+    def _tell(self, name: str, event: Event) -> None:
+        queue = self._queues.get(name)
+        if queue is not None:
+            queue.put_nowait(event)

@@ -1,0 +1,135 @@
+"""The engine's own process: take in messages, step, send out what the step brought.
+
+Started as `python -m infopt.core.server.engine_process`. Its orders are one line of JSON on stdin;
+the end of stdin means that the API process is gone, and ends this one too.
+"""
+
+import json
+import os
+import shutil
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import zmq
+
+from infopt.core.artifact.read import read_artifact
+from infopt.core.errors import InfoptError
+from infopt.core.recipe.serve import EngineSettings
+from infopt.core.runtime.request import SamplingParams, StepOutput
+from infopt.core.server import messages
+
+LINGER_MS = 2000
+
+
+class Engine(Protocol):
+    """What the loop needs of an engine."""
+
+    max_model_len: int
+
+    def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> None: ...
+
+    def abort(self, request_id: str) -> None: ...
+
+    def step(self) -> list[StepOutput]: ...
+
+    def has_work(self) -> bool: ...
+
+    def stats(self) -> Any: ...
+
+
+def run(engine: Engine, channel: "zmq.Socket[bytes]") -> None:
+    """Serve until an error; idle, it sleeps in the socket and burns nothing."""
+    channel.send(messages.pack("ready", max_model_len=engine.max_model_len))
+    while True:
+        if not engine.has_work():
+            channel.poll()
+        while channel.poll(0):
+            _heed(engine, messages.unpack(channel.recv()), channel)
+        if engine.has_work():
+            outputs = [messages.output_to_map(output) for output in engine.step()]
+            if outputs:
+                channel.send(messages.pack("outputs", outputs=outputs))
+
+
+def _heed(engine: Engine, message: messages.Message, channel: "zmq.Socket[bytes]") -> None:
+    match message["kind"]:
+        case "add":
+            try:
+                params = messages.params_from_map(message["params"])
+                engine.add(message["id"], message["prompt"], params)
+            except InfoptError as error:
+                rejected = messages.pack("rejected", id=message["id"], message=error.message)
+                channel.send(rejected)
+        case "abort":
+            engine.abort(message["id"])
+        case "stats":
+            channel.send(messages.pack("stats", stats=stats_map(engine.stats())))
+        case kind:
+            raise AssertionError(f"unknown message {kind!r}")
+
+
+def stats_map(stats: Any) -> dict[str, int]:
+    """The counts of an engine's statistics, by name."""
+    names = ("running", "waiting", "blocks_total", "blocks_used", "blocks_free", "preemptions", "steps")
+    return {name: int(getattr(stats, name)) for name in names}
+
+
+def _end_with_parent(folder: Path) -> None:
+    """Wait for the end of stdin; a parent that was killed cannot clean up its folder."""
+    while os.read(0, 4096):
+        pass
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(0)
+
+
+def _load(orders: dict[str, Any]) -> Engine:
+    from infopt.core.runtime import engine as runtime
+
+    artifact = read_artifact(
+        Path(orders["artifact"]),
+        name=orders["name"],
+        trust_remote_code=orders["trust_remote_code"],
+    )
+    return runtime.Engine.load(artifact, EngineSettings.model_validate(orders["settings"]))
+
+
+def main() -> int:
+    """Exit status 1 if the engine could not be loaded or broke; the API process hears why."""
+    orders = json.loads(_first_line())
+    folder = Path(orders["address"].removeprefix("ipc://")).parent
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
+    context = zmq.Context()
+    channel = context.socket(zmq.DEALER)
+    channel.setsockopt(zmq.SNDHWM, 0)  # a slow API process never blocks a step
+    channel.setsockopt(zmq.LINGER, LINGER_MS)
+    channel.connect(orders["address"])
+    try:
+        run(_load(orders), channel)
+    except InfoptError as error:
+        channel.send(messages.failed(error))
+    except Exception as error:
+        traceback.print_exc()
+        channel.send(messages.failed(error))
+    finally:
+        channel.close()
+        context.term()
+    return 1
+
+
+def _first_line() -> bytes:
+    """Unbuffered, so that nothing but the end is left for the thread that waits for it."""
+    line = b""
+    while not line.endswith(b"\n"):
+        piece = os.read(0, 1)
+        if not piece:
+            raise SystemExit(1)
+        line += piece
+    return line
+
+
+if __name__ == "__main__":
+    sys.exit(main())

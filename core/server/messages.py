@@ -1,0 +1,94 @@
+"""What the API process and the engine process say to each other: msgpack maps over a local socket.
+
+API to engine:  add {id, prompt, params}, abort {id}, stats {}
+Engine to API:  ready {limits}, failed {error, message, hint}, outputs {outputs},
+                rejected {id, message}, stats {stats}
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import msgpack
+
+from infopt.core.errors import (
+    ArtifactError,
+    EngineError,
+    InfoptError,
+    NumericsError,
+    ResourceError,
+    UnsupportedError,
+    UsageError,
+)
+from infopt.core.runtime.request import SamplingParams, StepOutput, TokenLogprob
+
+Message = dict[str, Any]
+
+_ERRORS: dict[str, type[InfoptError]] = {
+    kind.__name__: kind
+    for kind in (ArtifactError, NumericsError, ResourceError, UnsupportedError, UsageError)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request must keep to."""
+
+    max_model_len: int
+    """Prompt and output tokens together."""
+
+
+def pack(kind: str, **content: Any) -> bytes:
+    """A message as bytes."""
+    packed: bytes = msgpack.packb({"kind": kind, **content})
+    return packed
+
+
+def unpack(data: bytes) -> Message:
+    """The message in these bytes."""
+    message: Message = msgpack.unpackb(data)
+    return message
+
+
+def params_to_map(params: SamplingParams) -> Message:
+    return asdict(params)
+
+
+def params_from_map(values: Message) -> SamplingParams:
+    """Raises UsageError for a value out of its range."""
+    tuples = {key: tuple(values[key]) for key in ("stop", "stop_token_ids")}
+    return SamplingParams(**{**values, **tuples})
+
+
+def output_to_map(output: StepOutput) -> Message:
+    return asdict(output)
+
+
+def output_from_map(values: Message) -> StepOutput:
+    logprobs = values["logprobs"]
+    if logprobs is not None:
+        logprobs = tuple(
+            TokenLogprob(entry["token_id"], entry["logprob"], tuple(map(tuple, entry["top"])))
+            for entry in logprobs
+        )
+    return StepOutput(
+        request_id=values["request_id"],
+        token_ids=tuple(values["token_ids"]),
+        finish_reason=values["finish_reason"],
+        error=values["error"],
+        logprobs=logprobs,
+    )
+
+
+def failed(error: Exception) -> bytes:
+    """The message that the engine is no more, and why."""
+    if isinstance(error, InfoptError):
+        kind, message, hint = type(error).__name__, error.message, error.hint
+    else:
+        kind, message, hint = "EngineError", f"{type(error).__name__}: {error}", None
+    return pack("failed", error=kind, message=message, hint=hint)
+
+
+def error_from_map(values: Message) -> InfoptError:
+    """The error that the engine process told of."""
+    kind = _ERRORS.get(values["error"], EngineError)
+    return kind(values["message"], values["hint"])

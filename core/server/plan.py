@@ -1,0 +1,54 @@
+"""What serving a model would take; needs neither the server's packages nor the weights in memory."""
+
+import torch
+
+from infopt.core.artifact.read import Artifact
+from infopt.core.hardware.choose import choose_device, choose_dtype
+from infopt.core.models.config import ModelConfig
+from infopt.core.recipe.serve import EngineSettings, ServeSettings
+from infopt.core.reports.schema import Plan
+from infopt.core.runtime.kv_cache import block_bytes, blocks_that_fit
+
+# Interpreter, torch and transformers in the engine process, and the API process beside it.
+_PROCESSES_BYTES = 900 * 2**20
+
+
+def plan_serve(artifact: Artifact, settings: EngineSettings) -> Plan:
+    """The weights, the KV cache and the memory of an engine, and of the server where these are its settings.
+
+    Raises UnsupportedError for a model that the decoder does not know. An estimate: the free memory
+    is that of now, before the weights are in it.
+    """
+    config = ModelConfig.from_hf(artifact.config)
+    name = choose_device(settings.device)
+    dtype: torch.dtype = getattr(torch, choose_dtype(settings.dtype, name))
+    weights = artifact.summary().parameters * dtype.itemsize
+    longest = settings.max_model_len or config.full_attention_positions
+    blocks = settings.kv_blocks or blocks_that_fit(
+        config,
+        block_size=settings.block_size,
+        dtype=dtype,
+        device=torch.device(name),
+        enough=settings.max_running * -(-longest // settings.block_size),
+    )
+    cache = blocks * block_bytes(config, settings.block_size, dtype)
+    actions = [
+        f"load {artifact.name}: {_size(weights)} of weights as {_word(dtype)} on {name}",
+        f"hold a KV cache of {blocks} blocks of {settings.block_size} tokens: {_size(cache)}",
+    ]
+    if isinstance(settings, ServeSettings):
+        model = settings.model_name or artifact.name
+        actions.append(f"serve it as {model!r} on {settings.host}:{settings.port}")
+    return Plan(
+        command="serve",
+        actions=tuple(actions),
+        memory_bytes=weights + cache + _PROCESSES_BYTES,
+    )
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

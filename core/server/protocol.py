@@ -1,0 +1,239 @@
+"""OpenAI's requests as far as they work here; what does not is refused by name, never ignored."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from infopt.core.runtime.request import MAX_LOGPROBS, SamplingParams
+
+# What OpenAI does where a client is silent.
+COMPLETION_TOKENS = 16
+TEMPERATURE = 1.0
+TOP_P = 1.0
+
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+TokenIds = list[Annotated[int, Field(ge=0)]]
+
+
+def _strings(value: Any) -> Any:
+    return [value] if isinstance(value, str) else [] if value is None else value
+
+
+Stop = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_strings)]
+
+
+class ApiError(Exception):
+    """A fault in OpenAI's shape."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = {
+            "error": {"message": message, "type": kind, "param": param, "code": code or kind}
+        }
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """vLLM's extension: the usage so far in every chunk."""
+
+
+class Body(BaseModel):
+    """What both kinds of completion take."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    # OpenAI's fields that do nothing here: accepted with the values that ask for nothing.
+    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "n": (None, 1),
+        "presence_penalty": (None, 0),
+        "frequency_penalty": (None, 0),
+        "logit_bias": (None, {}),
+        "store": (None, False),
+        "service_tier": (None, "auto", "default"),
+    }
+    # Labels for OpenAI's own books: accepted, whatever they say.
+    METADATA: ClassVar[frozenset[str]] = frozenset(
+        {"user", "metadata", "safety_identifier", "prompt_cache_key"}
+    )
+
+    model: str | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    stop: Stop = []
+    seed: Seed | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # Extensions that vLLM has under the same names.
+    top_k: Annotated[int, Field(ge=-1)] = 0
+    ignore_eos: bool = False
+    stop_token_ids: TokenIds = []
+    skip_special_tokens: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral_fields(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        kept = {}
+        for key, value in values.items():
+            if key in cls.NEUTRAL:
+                if not any(_same(value, neutral) for neutral in cls.NEUTRAL[key]):
+                    raise PydanticCustomError(
+                        "unsupported_value",
+                        "{key} is not supported here with the value {value}",
+                        {"key": key, "value": repr(value)[:80]},
+                    )
+            elif key not in cls.METADATA:
+                kept[key] = value
+        return kept
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> "Body":
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError(
+                "unsupported_value", "{key} needs stream: true", {"key": "stream_options"}
+            )
+        return self
+
+    def sampling(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """As the engine takes it; stop strings stay above the engine."""
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=TEMPERATURE if self.temperature is None else self.temperature,
+            top_k=max(self.top_k, 0),
+            top_p=TOP_P if self.top_p is None else self.top_p,
+            seed=None if self.seed is None else self.seed % 2**63,
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+        )
+
+
+class CompletionRequest(Body):
+    """POST /v1/completions."""
+
+    NEUTRAL = {**Body.NEUTRAL, "best_of": (None, 1), "suffix": (None, "")}
+
+    prompt: str | list[str] | TokenIds | list[TokenIds]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _no_logprobs_of_the_prompt(self) -> "CompletionRequest":
+        if self.echo and self.logprobs is not None:
+            raise PydanticCustomError(
+                "unsupported_value",
+                "{key} does not cover the prompt: leave out echo",
+                {"key": "logprobs"},
+            )
+        return self
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates take it; `developer` is OpenAI's newer word for `system`."""
+        role = "system" if self.role == "developer" else self.role
+        if isinstance(self.content, str):
+            return {"role": role, "content": self.content}
+        return {"role": role, "content": "".join(part.text for part in self.content)}
+
+
+class ChatRequest(Body):
+    """POST /v1/chat/completions."""
+
+    NEUTRAL = {
+        **Body.NEUTRAL,
+        "tools": (None, []),
+        "tool_choice": (None, "none"),
+        "parallel_tool_calls": (None, True, False),
+        "functions": (None, []),
+        "function_call": (None, "none"),
+        "response_format": (None, {"type": "text"}),
+        "modalities": (None, ["text"]),
+        "reasoning_effort": (None,),
+        "verbosity": (None,),
+        "prediction": (None,),
+        "audio": (None,),
+        "web_search_options": (None,),
+    }
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError(
+                "unsupported_value", "{key} needs logprobs: true", {"key": "top_logprobs"}
+            )
+        given = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(given) == 2:
+            raise PydanticCustomError(
+                "unsupported_value",
+                "{key} contradicts max_completion_tokens",
+                {"key": "max_tokens"},
+            )
+        return self
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Equal, and not merely as 1 equals True."""
+    return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def invalid(fault: ErrorDetails) -> ApiError:
+    """The first fault of a body as a 400 that names the field."""
+    path = [str(part) for part in fault["loc"] if part != "body"]
+    key = fault.get("ctx", {}).get("key")
+    match fault["type"]:
+        case "json_invalid":
+            return ApiError(400, "the body is not JSON", code="invalid_json")
+        case "extra_forbidden":
+            param = ".".join(path)
+            return ApiError(400, f"unknown field {param!r}", param=param, code="unknown_field")
+        case "missing" if path:
+            param = ".".join(path)
+            return ApiError(400, f"{param!r} is required", param=param, code="missing_field")
+        case "missing" | "model_attributes_type" | "dict_type":
+            return ApiError(400, "the body must be a JSON object", code="invalid_json")
+        case "unsupported_value":
+            return ApiError(400, fault["msg"], param=key, code="unsupported_value")
+    param = _field(path)
+    return ApiError(400, f"{param}: {fault['msg']}", param=param, code="invalid_value")
+
+
+def _field(path: list[str]) -> str:
+    """The field's path without pydantic's names of the branches of a union, such as `list[str]`."""
+    kept = [p for p in path if p.isdigit() or (p.isidentifier() and p not in _BRANCHES)]
+    return ".".join(kept)
+
+
+_BRANCHES = {"str", "int", "float", "bool", "constrained", "TextPart"}

@@ -1,0 +1,110 @@
+"""Answers that end when the client goes away: pure ASGI, streamed or whole."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from infopt.core.errors import InfoptError, UsageError
+from infopt.core.server.protocol import ApiError
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """There is nobody left to answer."""
+
+
+async def while_connected(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+    """Race the work against the client's disconnect; raises ClientGone, the work cancelled and ended.
+
+    `receive` must have handed out the whole body already.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        for future in (task, gone):
+            future.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def api_error(error: Exception) -> ApiError:
+    """Any fault as the API tells it; what nobody foresaw is a 500 without its details."""
+    match error:
+        case ApiError():
+            return error
+        case UsageError():
+            return ApiError(400, error.message)
+        case InfoptError():
+            return ApiError(503, error.message, kind="engine_error")
+    return ApiError(500, "the server failed on this request", kind="server_error")
+
+
+def error_response(error: Exception) -> Response:
+    told = api_error(error)
+    return JSONResponse(told.body, told.status)
+
+
+class EventStream(Response):
+    """Server-sent events from a generator, which is closed when the client goes away.
+
+    A fault before the first event is an answer with its own status; a later one is an event.
+    """
+
+    def __init__(self, events: AsyncGenerator[dict[str, Any], None]) -> None:
+        super().__init__(
+            media_type="text/event-stream",
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+        )
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await while_connected(self._send(scope, receive, send), receive)
+        except ClientGone:
+            pass
+
+    async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+        async with aclosing(self._events):
+            try:
+                async for event in self._events:
+                    if not started:
+                        started = True
+                        await send(
+                            {
+                                "type": "http.response.start",
+                                "status": 200,
+                                "headers": self.raw_headers,
+                            }
+                        )
+                    await send(_body(_event(event)))
+                await send(_body(b"data: [DONE]\n\n", last=True))
+            except (ApiError, InfoptError) as error:
+                if not started:
+                    await error_response(error)(scope, receive, send)
+                    return
+                await send(_body(_event(api_error(error).body), last=True))
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
+
+
+def _body(content: bytes, *, last: bool = False) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": content, "more_body": not last}
