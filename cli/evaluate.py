@@ -105,6 +105,6 @@ def check(report: Any, settings: Any) -> None:
 
 
 def plan(work: "Work") -> "Plan":
-    from infopt.core.evaluation.evaluate import plan_evaluate
+    from infopt.core.evaluation.plan import plan_evaluate
 
     return plan_evaluate(work.artifact, work.settings)

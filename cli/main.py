@@ -53,13 +53,16 @@ def run_app(arguments: Sequence[str]) -> int:
     """Run one command line; returns the exit code."""
     try:
         result = app(args=list(arguments), prog_name="infopt", standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        code = result if isinstance(result, int) else 0
+        if code == INTERRUPTED:  # typer turns Ctrl-C into this code, silently
+            plain_error("interrupted")
+        return code
     except InfoptError as error:
         plain_error(str(error))
         return error.exit_code
     except typer.TyperException as error:
         return _usage(error)
-    except (KeyboardInterrupt, typer.Abort):
+    except typer.Abort:
         plain_error("interrupted")
         return INTERRUPTED
     except BrokenPipeError:

@@ -43,7 +43,7 @@ def tiny_model(default_artifact: "Artifact", tmp_path_factory: pytest.TempPathFa
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,

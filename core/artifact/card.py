@@ -50,7 +50,7 @@ def render_front(head: Mapping[str, Any]) -> str:
 
 
 def card_data(path: Path) -> dict[str, Any]:
-    """The YAML block at the top of a directory's README.md; empty where there is none that reads."""
+    """The YAML block at the top of a directory's README.md; empty where none can be read."""
     try:
         found = _FRONT.match((path / "README.md").read_text(errors="replace"))
         data = yaml.safe_load(found.group(1)) if found else None

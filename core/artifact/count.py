@@ -1,4 +1,4 @@
-"""What a checkpoint holds, told from its headers: parameters as a person counts them, and the quantization."""
+"""What a checkpoint holds, told from its headers: its parameters and its quantization."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +21,7 @@ def count_parameters(
     config: Mapping[str, Any],
     quantization: Mapping[str, Any] | None,
 ) -> int:
-    """Parameters counted logically: a packed linear is outputs x inputs, tied embeddings count once."""
+    """Logical parameters: a packed linear is outputs x inputs, tied embeddings count once."""
     tied = bool(config.get("tie_word_embeddings", False))
     has_embedding = any(name.endswith("embed_tokens.weight") for name in headers)
     total = 0

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read without torch: names, shapes, dtypes and where the bytes lie."""
+"""The header of a safetensors file, read without torch: names, shapes, dtypes."""
 
 import json
 import math
@@ -103,7 +103,7 @@ def _tensor(file: Path, name: str, entry: Any) -> tuple[int, int, TensorHeader]:
 
 
 def _check_spans(file: Path, spans: list[tuple[int, int]], available: int) -> None:
-    """The tensors lie one behind the other and fill the file: no gap, no overlap, nothing cut off."""
+    """The tensors lie one behind the other and fill the file: no gap, no overlap."""
     position = 0
     for begin, end in spans:
         if begin != position:

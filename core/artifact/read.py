@@ -103,10 +103,10 @@ class Artifact:
         return digest.hexdigest()
 
     def summary(self) -> ModelSummary:
-        """What a report says of this model; a quantized layer counts outputs x inputs parameters."""
-        architectures = self.config.get("architectures") or [
-            self.config.get("model_type", "unknown")
-        ]
+        """What a report says of this model; a quantized layer counts outputs x inputs."""
+        architectures = self.config.get("architectures")
+        if not isinstance(architectures, list) or not architectures:
+            architectures = [self.config.get("model_type", "unknown")]
         return ModelSummary(
             name=self.name,
             path=str(self.path),
@@ -146,14 +146,18 @@ def read_artifact(
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON table; raises ArtifactError naming the file."""
-    text = _readable(file, lambda f: f.read_bytes())
     try:
-        found = json.loads(text)
+        found = json.loads(read_file(file))
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{file} is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise ArtifactError(f"{file} holds no JSON table")
     return found
+
+
+def read_file(file: Path) -> bytes:
+    """The bytes of a file; raises ArtifactError naming it."""
+    return _readable(file, Path.read_bytes)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -191,7 +195,7 @@ def _read_weights(path: Path) -> dict[str, TensorHeader]:
     if pickles:
         raise UnsafeArtifactError(
             f"{path} holds only pickled weights ({pickles[0]}), which can run code when loaded",
-            "convert them to safetensors (model.save_pretrained with safetensors) where you trust them",
+            "where you trust them, load them with transformers and save_pretrained as safetensors",
         )
     raise ArtifactError(f"{path} has no weights: no {WEIGHTS} and no {INDEX}")
 

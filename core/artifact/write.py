@@ -1,14 +1,20 @@
 """Write a model directory: whole or not at all, read back before it is called done."""
 
-import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infopt.core.artifact.card import model_card
-from infopt.core.artifact.read import CONFIG, INDEX, WEIGHTS, Artifact, read_artifact, read_json
+from infopt.core.artifact.read import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    Artifact,
+    read_artifact,
+    read_file,
+    read_json,
+)
 from infopt.core.artifact.shards import ShardWriter
 from infopt.core.errors import ArtifactError, UsageError
 from infopt.core.files import MANIFEST, directory_atomically, sha256
@@ -35,6 +41,7 @@ _COPIED = (
     "LICENSE.md",
     "NOTICE",
 )
+SHARD_BYTES = 5 * 2**30
 _OWN = (CONFIG, WEIGHTS, INDEX, MANIFEST)
 
 
@@ -46,7 +53,7 @@ def write_artifact(
     config: Mapping[str, Any],
     extra: Mapping[str, str | bytes] | None = None,
     replace: bool = False,
-    shard_bytes: int = 5 * 2**30,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Artifact:
     """Write `tensors` with the source's tokenizer as a new artifact, and return it as read back.
 
@@ -55,23 +62,47 @@ def write_artifact(
     the same bytes. `extra` files are written beside and win over those copied from the source.
     Raises UsageError where `output` may not be replaced, ResourceError for a full disk.
     """
-    output = output.expanduser().absolute()
     _keep_the_source(output, source)
-    extra = dict(extra or {})
-    for name in extra:
-        assert Path(name).name == name and name not in _OWN, f"{name} is no name for an extra file"
+    files: dict[str, str | bytes] = {}
+    for name in _COPIED:
+        if (source.path / name).is_file():
+            files[name] = read_file(source.path / name)
+    files["README.md"] = model_card(source, config, extra or {})
+    files |= extra or {}
+    return write_directory(
+        output,
+        tensors=tensors,
+        config=config,
+        files=files,
+        replace=replace,
+        shard_bytes=shard_bytes,
+        trust_remote_code=source.trust_remote_code,
+    )
+
+
+def write_directory(
+    output: Path,
+    *,
+    tensors: Iterable[tuple[str, "Tensor"]],
+    config: Mapping[str, Any],
+    files: Mapping[str, str | bytes],
+    name: str | None = None,
+    replace: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    trust_remote_code: bool = False,
+) -> Artifact:
+    """As `write_artifact`, with every other file given."""
+    output = output.expanduser().absolute()
+    for file in files:
+        assert Path(file).name == file and file not in _OWN, f"{file} is no name for an extra file"
     with directory_atomically(output, replace=replace) as folder:
         _write_weights(folder, tensors, shard_bytes)
-        (folder / CONFIG).write_text(_json(dict(config)))
-        for name in _COPIED:
-            if (source.path / name).is_file() and name not in extra:
-                shutil.copyfile(source.path / name, folder / name)
-        extra.setdefault("README.md", model_card(source, config, extra))
-        for name, content in extra.items():
-            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        (folder / CONFIG).write_text(_json(config))
+        for file, content in files.items():
+            (folder / file).write_bytes(content.encode() if isinstance(content, str) else content)
         write_manifest(folder)
-        read_artifact(folder, trust_remote_code=source.trust_remote_code)
-    return read_artifact(output, trust_remote_code=source.trust_remote_code)
+        read_artifact(folder, trust_remote_code=trust_remote_code)
+    return read_artifact(output, name=name, trust_remote_code=trust_remote_code)
 
 
 def write_manifest(folder: Path) -> None:
@@ -85,7 +116,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify_manifest(path: Path) -> None:
-    """Hold every file to the manifest's size and digest; raises ArtifactError naming the first that differs."""
+    """Hold every file to its size and digest; raises ArtifactError naming one that differs."""
     if not (path / MANIFEST).is_file():
         raise ArtifactError(f"{path} has no {MANIFEST}", "only what infopt wrote has one")
     files = read_json(path / MANIFEST).get("files")
@@ -125,7 +156,7 @@ def _write_weights(folder: Path, tensors: Iterable[tuple[str, "Tensor"]], shard_
 
 
 def _keep_the_source(output: Path, source: Artifact) -> None:
-    """The source is read while the output is written: neither may hold the other."""
+    """The source is read while the output is written, so the output may not take its place."""
     here, there = output.resolve(), source.path.resolve()
     if here == there or here in there.parents:
         raise UsageError(

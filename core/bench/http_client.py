@@ -62,7 +62,7 @@ class HttpClient:
         await self._http.aclose()
 
     async def send(self, request: Request) -> AsyncGenerator[Chunk, None]:
-        """The frames of the answer as they are read; EngineError on failure, even under HTTP 200."""
+        """The frames of the answer as they are read; EngineError on failure, also under 200."""
         try:
             frames = self._post(self._body(request))
             async with aclosing(frames):

@@ -1,4 +1,4 @@
-"""Second-order statistics of a linear layer's inputs, and errors measured with them; pure functions."""
+"""Second-order statistics of a linear layer's inputs, and errors measured by them; pure."""
 
 import torch
 from torch import Tensor
@@ -30,13 +30,16 @@ def complete_hessian(hessian: Tensor) -> Tensor:
     return hessian.triu() + hessian.triu(1).T
 
 
-def output_power(weight: Tensor, hessian: Tensor) -> Tensor:
-    """||W x||^2 on average over the inputs x, up to a constant: tr(W H W^T); a scalar."""
-    return torch.einsum("nk,nk->", weight @ hessian, weight)
+def output_power(weight: Tensor, hessian: Tensor | None) -> Tensor:
+    """||W x||^2 on average over the inputs x, up to a constant: tr(W H W^T); a scalar.
+
+    Without a Hessian every input counts the same: ||W||^2.
+    """
+    return ((weight if hessian is None else weight @ hessian) * weight).sum()
 
 
-def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
-    """||(W - Q) X||^2 / ||W X||^2 by way of the Hessian; 0 where W X is 0 and Q no worse."""
+def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> float:
+    """||(W - Q) X||^2 / ||W X||^2 by way of the Hessian of the inputs; 0 where W X is 0."""
     error = float(output_power(weight - quantized, hessian))
     power = float(output_power(weight, hessian))
     # Rounding can leave a power that is 0 in truth slightly below it.

@@ -31,17 +31,24 @@ class _Enough(Exception):
 class Walk:
     """A model on its way: `hidden` are the inputs of the block `position`, one tensor a batch.
 
-    tokens: int64 [batch, length] each. Names, block by block, are `names`.
+    The first batch is the probe: a few tokens that show how a block runs and what the model makes
+    of them in the end; `observe` leaves it out. `names` are the blocks' names.
     """
 
     def __init__(
         self,
         artifact: Artifact,
-        tokens: Sequence[Tensor],
+        probe: Tensor,
+        batches: Sequence[Tensor],
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        keep_bytes: int = 0,
     ) -> None:
-        self.artifact, self.tokens, self.dtype, self.device = artifact, tuple(tokens), dtype, device
+        """probe and batches: int64 [batch, length]; keep_bytes: memory for the outputs of `settle`."""
+        self.artifact, self.dtype, self.device = artifact, dtype, device
+        self.keep_bytes = keep_bytes
+        self.tokens = (probe, *batches)
         self.model: PreTrainedModel = skeleton(artifact, dtype)
         self.names = [name for name, _ in blocks(self.model)]
         self._blocks = [block for _, block in blocks(self.model)]
@@ -49,6 +56,9 @@ class Walk:
         self._calls: list[list[_Call]] = []
         self.position = 0
         self.hidden: list[Tensor] = []
+        self._batch = 0
+        self._settled = ExitStack()
+        self._kept: dict[tuple[str, int], tuple[Tensor, int]] = {}
 
     @torch.no_grad()
     def start(self) -> None:
@@ -105,7 +115,7 @@ class Walk:
     @torch.no_grad()
     def observe(self, names: Sequence[str], sink: Sink) -> None:
         """Hand the inputs of the layers `names` to `sink`, batch by batch, and compute no further."""
-        for index in range(len(self.tokens)):
+        for index in range(1, len(self.tokens)):
             waiting = set(names)
 
             def note(name: str, value: Tensor, waiting: set[str] = waiting) -> None:
@@ -119,6 +129,30 @@ class Walk:
                 with suppress(_Enough):
                     self._forward(index)
 
+    def settle(self, names: Sequence[str]) -> None:
+        """Say that layers of the loaded block have their last weights and, as now, their last inputs.
+
+        Their outputs are kept while `keep_bytes` last, so that passes to come need not repeat them.
+        """
+        for name in names:
+            layer = self.layer(name)
+            _replace_forward(self._settled, layer, self._remembering(name, layer.forward))
+
+    def _remembering(self, name: str, compute: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+        def forward(inputs: Tensor) -> Tensor:
+            key = (name, self._batch)
+            output, version = self._kept.get(key, (None, 0))
+            # A model that writes into what a layer returned has spoiled it: the version tells.
+            if output is not None and output._version == version:
+                return output
+            output = compute(inputs)
+            used = sum(kept.nbytes for kept, _ in self._kept.values())
+            if key not in self._kept and used + output.nbytes <= self.keep_bytes:
+                self._kept[key] = (output, output._version)
+            return output
+
+        return forward
+
     @torch.no_grad()
     def advance(self) -> None:
         """Run the loaded block over all batches, release it, and stand before the next one."""
@@ -131,24 +165,27 @@ class Walk:
                     "try --dtype float32; if it is so already, the weights are broken",
                 )
             self.hidden[index] = output
+        self._settled.close()
+        self._kept.clear()
         release(self._blocks[self.position])
         self.position += 1
 
     @torch.no_grad()
-    def logits(self, index: int) -> Tensor:
-        """What the model makes of one batch's hidden states after the last block."""
+    def probe_logits(self) -> Tensor:
+        """What the model makes of the probe, after the last block: [batch, length, vocabulary]."""
         assert self.position == len(self._blocks)
-        hidden = self.hidden[index].to(self.device)
+        hidden = self.hidden[0].to(self.device)
         self._fill_outside()
         with ExitStack() as stack:
             for block in self._blocks:
                 _replace_forward(stack, block, lambda *_, **__: self._as_output(hidden))
-            output = self.model(input_ids=self.tokens[index].to(self.device), use_cache=False)
+            output = self.model(input_ids=self.tokens[0].to(self.device), use_cache=False)
         release(self.model)
         logits: Tensor = output.logits
         return logits.to("cpu")
 
     def _forward(self, index: int) -> Tensor:
+        self._batch = index
         args, kwargs = self._calls[index][self.position]
         block = self._blocks[self.position]
         output = block(self.hidden[index].to(self.device), *args, **kwargs)

@@ -7,7 +7,7 @@ from infopt.core.evaluation.perplexity import row_chunks
 
 
 def divergence(baseline: Tensor, model: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(p_baseline || p_model) in nats, float64 [T], and whether both rank the same token first, bool [T].
+    """KL(p_baseline || p_model), float64 [T] in nats, and whether the top tokens agree, bool [T].
 
     Both logits are [T, V], of any dtype; softmax in float32, sums in float64, a chunk of rows at a
     time. Nothing is clamped: rounding may leave a KL near zero slightly negative.

@@ -29,29 +29,29 @@ def evaluate(
     baseline: Artifact | None = None,
     progress: ProgressCallback = silent,
 ) -> EvaluateReport:
-    """Score the text's tokens with the model and, where given, the baseline; the caller fills `made`.
+    """Score the text's tokens with the model and, where given, the baseline; `made` stays None.
 
     Both models are in memory together, so that the KL divergence needs no stored logits; a
-    baseline that is the model itself is loaded once. Nothing in it is random.
+    baseline that is the model itself is loaded once. Should a model draw, the seed is the settings'.
     Raises UsageError (settings, text or baseline do not fit), NumericsError (logits not finite).
     """
-    check_settings(artifact, settings, baseline)
+    check_settings(artifact, settings, baseline=baseline is not None)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     text = evaluation_text(settings.text)
-    tokens = _tokenize(artifact, baseline, text, settings)
-    plan = windows(len(tokens.stream), settings.context, stride_of(settings))
+    stream, characters = _tokenize(artifact, baseline, text, settings)
+    plan = windows(len(stream), settings.context, stride_of(settings))
     model = _load(artifact, dtype, device, progress)
     base = None
     if baseline is not None:
         same = baseline.path.resolve() == artifact.path.resolve()
         base = model if same else _load(baseline, dtype, device, progress)
         _check_vocabularies(model, base, baseline)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[] if device == "cpu" else [torch.cuda.current_device()]):
         torch.manual_seed(settings.seed)
-        sums = score(model, base, tokens.stream.to(device), plan, progress)
-    memory = {"dtype": dtype, "memory_bytes": _resident(model)}
-    return _report(artifact, baseline, settings, tokens, len(plan), sums, memory)
+        sums = score(model, base, stream.to(device), plan, progress)
+    facts = _Facts(text, characters, len(plan), dtype, _resident(model))
+    return _report(artifact, baseline, settings, facts, sums)
 
 
 def check_gate(report: EvaluateReport, settings: EvaluateSettings) -> None:
@@ -68,31 +68,36 @@ def check_gate(report: EvaluateReport, settings: EvaluateSettings) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Tokens:
+class _Facts:
+    """What the report says beside the scores."""
+
     text: Text
-    stream: Tensor
-    """int64 [n]"""
     characters: int
-    """Of the scored tokens, which are all but the first."""
+    windows: int
+    dtype: str
+    memory_bytes: int
 
 
 def _tokenize(
     artifact: Artifact, baseline: Artifact | None, text: Text, settings: EvaluateSettings
-) -> _Tokens:
-    """The text as tokens; raises UsageError where the baseline would read other tokens."""
+) -> tuple[Tensor, int]:
+    """The text as tokens, int64 [n], and the characters of all but the first, which are scored.
+
+    Raises UsageError where the baseline would read other tokens.
+    """
     tokenizer = artifact.tokenizer()
     stream = token_stream(text, tokenizer, chat=settings.chat, limit=settings.tokens)
     if baseline is not None:
         other = token_stream(text, baseline.tokenizer(), chat=settings.chat, limit=settings.tokens)
         if not torch.equal(stream, other):
             raise UsageError(
-                f"the baseline {baseline.name} splits the text into other tokens than {artifact.name}",
+                f"{artifact.name} and its baseline {baseline.name} split the text differently",
                 "compare models that share a tokenizer",
             )
     scored = tokenizer.decode(
         stream[1:].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
-    return _Tokens(text, stream, len(scored))
+    return stream, len(scored)
 
 
 def _load(
@@ -106,7 +111,7 @@ def _check_vocabularies(model: PreTrainedModel, base: PreTrainedModel, baseline:
     ours, theirs = (len(m.get_output_embeddings().weight) for m in (model, base))
     if ours != theirs:
         raise UsageError(
-            f"the baseline {baseline.name} has a vocabulary of {theirs} tokens, the model one of {ours}",
+            f"the baseline {baseline.name} has {theirs} tokens in its vocabulary, the model {ours}",
             "compare models that share a vocabulary",
         )
 
@@ -121,10 +126,8 @@ def _report(
     artifact: Artifact,
     baseline: Artifact | None,
     settings: EvaluateSettings,
-    tokens: _Tokens,
-    count: int,
+    facts: _Facts,
     sums: Sums,
-    memory: dict[str, Any],
 ) -> EvaluateReport:
     nll, base_nll = sums.nll / sums.tokens, sums.baseline_nll / sums.tokens
     against: dict[str, Any] = {}
@@ -139,20 +142,21 @@ def _report(
         }
     return EvaluateReport(
         model=artifact.summary(),
-        provenance=_provenance(memory | against),
-        text=tokens.text.name,
-        text_sha256=tokens.text.sha256,
+        provenance=_provenance(against),
+        text=facts.text.name,
+        text_sha256=facts.text.sha256,
         protocol=protocol(settings),
-        windows=count,
+        windows=facts.windows,
         context=settings.context,
         stride=stride_of(settings),
         tokens=sums.tokens,
         perplexity=perplexity(nll),
         nll=nll,
-        characters=tokens.characters,
-        bits_per_character=sums.nll / math.log(2) / max(tokens.characters, 1),
+        characters=facts.characters,
+        bits_per_character=sums.nll / math.log(2) / max(facts.characters, 1),
         tokens_per_s=sums.timed_tokens / sums.seconds,
-        **memory,
+        dtype=facts.dtype,
+        memory_bytes=facts.memory_bytes,
         **against,
     )
 
@@ -160,8 +164,7 @@ def _report(
 def _provenance(against: dict[str, Any]) -> dict[str, Origin]:
     """Counts and timings are measured; what follows from the request or from files is computed."""
     computed = ("model", "windows", "context", "stride", "baseline.model")
-    measured = ("tokens", "perplexity", "nll", "characters", "bits_per_character", "tokens_per_s")
+    measured = ("tokens", "perplexity", "nll", "characters", "bits_per_character")
+    measured += ("tokens_per_s", "memory_bytes", *against)
     found: dict[str, Origin] = dict.fromkeys(measured, "measured")
-    found |= dict.fromkeys((key for key in against if key != "dtype"), "measured")
-    found |= dict.fromkeys(computed if against.get("baseline") else computed[:-1], "computed")
-    return found
+    return found | dict.fromkeys(computed if against else computed[:-1], "computed")

@@ -29,19 +29,15 @@ class Window:
 
 
 def windows(tokens: int, context: int, stride: int) -> tuple[Window, ...]:
-    """Windows of `context` tokens, `stride` apart, that score every token but the first exactly once.
+    """Windows of `context` tokens, `stride` apart, that score every token but the first just once.
 
     The first window scores all its predictions, each later one its last `stride`; the last window
-    may be shorter. Raises UsageError where no window fits or where tokens would be skipped.
+    may be shorter. Raises UsageError where no window fits.
     """
-    if stride > context:
-        raise UsageError(
-            f"stride {stride} is longer than the context of {context} tokens",
-            "tokens between the windows would be skipped; use a stride of at most the context",
-        )
+    assert stride <= context, "tokens would be skipped"
     if tokens < context + 1:
         raise UsageError(
-            f"the text has {tokens} tokens, fewer than one window of {context} and the token after it",
+            f"the text has {tokens} tokens: too few for a window of {context} and the token after",
             f"use a longer text or --context {max(tokens - 1, 2)}",
         )
     found: list[Window] = []

@@ -52,6 +52,12 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(codes - zeros) * scales, computed in float32: [N, K]."""
+        codes, zeros, scales = (p.to(torch.float32) for p in (self.codes, self.zeros, self.scales))
+        outputs, groups = self.scales.shape
+        columns = torch.arange(codes.shape[1], device=codes.device)
+        if torch.equal(self.group_index.long(), columns * groups // codes.shape[1]):
+            # Groups in order need no gather: several times faster.
+            steps = codes.reshape(outputs, groups, -1) - zeros.unsqueeze(-1)
+            return (steps * scales.unsqueeze(-1)).reshape(codes.shape).to(dtype)
         group = self.group_index.long()
-        steps = self.codes.to(torch.float32) - self.zeros.to(torch.float32)[:, group]
-        return (steps * self.scales.to(torch.float32)[:, group]).to(dtype)
+        return ((codes - zeros[:, group]) * scales[:, group]).to(dtype)

@@ -27,7 +27,9 @@ def pack(codes: Tensor, bits: int, dim: int) -> Tensor:
     unit_words = bits // math.gcd(WORD, bits)
     unit_codes = unit_words * WORD // bits
     units = -(-size // unit_codes)
-    padded = torch.zeros(units * unit_codes, *rows.shape[1:], dtype=torch.int64, device=codes.device)
+    padded = torch.zeros(
+        units * unit_codes, *rows.shape[1:], dtype=torch.int64, device=codes.device
+    )
     padded[:size] = rows
     padded = padded.view(units, unit_codes, *rows.shape[1:])
     words = torch.zeros(units, unit_words, *rows.shape[1:], dtype=torch.int64, device=codes.device)

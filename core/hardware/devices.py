@@ -15,14 +15,14 @@ _T = 1e12
 
 @dataclass(frozen=True, slots=True)
 class DevicePeaks:
-    """Dense FLOP/s (for int8: operations/s) per dtype, bytes/s and bytes of memory of one device."""
+    """Dense FLOP/s (int8: operations/s) per dtype, bytes/s and bytes of memory."""
 
     name: str
     bytes_per_s: float
     flops_per_s: dict[str, float]
     """By dtype: float32, float16, bfloat16, float8, int8; a dtype that is not stated is absent."""
-    memory_bytes: int
-    """The nominal size, 10^9 bytes a GB; a driver reports a little more or less."""
+    memory_bytes: int | None
+    """The nominal size, 10^9 bytes a GB; None where it is sold in several sizes."""
     unverified: frozenset[str] = field(default_factory=frozenset)
     """Dtypes whose figure comes from memory or a third party's table."""
     provenance: str = "datasheet"
@@ -31,7 +31,7 @@ class DevicePeaks:
 def _gpu(
     name: str,
     bandwidth: float,
-    memory: int,
+    memory: int | None,
     unverified: tuple[str, ...] = (),
     **tera: float,
 ) -> DevicePeaks:
@@ -40,7 +40,7 @@ def _gpu(
     flops = {words.get(key, key): value * _T for key, value in tera.items()}
     if "bfloat16" in flops:
         flops.setdefault("float16", flops["bfloat16"])
-    return DevicePeaks(name, bandwidth * _GB, flops, memory * _GB, frozenset(unverified))
+    return DevicePeaks(name, bandwidth * _GB, flops, memory and memory * _GB, frozenset(unverified))
 
 
 # GeForce rows are with float32 accumulation; float16 accumulation doubles them.
@@ -62,13 +62,13 @@ DEVICES: tuple[DevicePeaks, ...] = (
     _gpu("GeForce RTX 4090", 1008, 24, ("int8",), bf16=165, fp8=330, int8=661),
     _gpu("GeForce RTX 5090", 1792, 32, ("float8", "int8"), bf16=210, fp8=419, int8=838),
     _gpu("AMD Instinct MI300X", 5300, 192, bf16=1307, fp8=2615, int8=2615),
-    _gpu("Apple M4", 120, 16, fp32=4.6),
-    _gpu("Apple M4 Pro", 273, 24, fp32=9.2),
-    _gpu("Apple M4 Max", 546, 36, fp32=18.4),
-    _gpu("Apple M1", 68, 8),
-    _gpu("Apple M1 Pro", 200, 16),
-    _gpu("Apple M1 Max", 400, 32),
-    _gpu("Apple M1 Ultra", 800, 64),
+    _gpu("Apple M4", 120, None, fp32=4.6),
+    _gpu("Apple M4 Pro", 273, None, fp32=9.2),
+    _gpu("Apple M4 Max", 546, None, fp32=18.4),
+    _gpu("Apple M1", 68, None),
+    _gpu("Apple M1 Pro", 200, None),
+    _gpu("Apple M1 Max", 400, None),
+    _gpu("Apple M1 Ultra", 800, None),
 )
 
 # Other names that mean one of the above, and no other.

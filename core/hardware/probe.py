@@ -67,8 +67,11 @@ def probe() -> Machine:
     text = _read(_CPUINFO)
     processors = parse_cpuinfo(text)
     allowed = _allowed_cpus()
-    quota = cpu_quota(_CGROUP)
-    total, available = memory(_CGROUP)
+    folders = cgroup_folders(_read(Path("/proc/self/cgroup")), _CGROUP)
+    quotas = [quota for folder in folders if (quota := cpu_quota(folder)) is not None]
+    quota = min(quotas, default=None)
+    memories = [memory(folder) for folder in folders]
+    total, available = (min(one) for one in zip(*memories, strict=True))
     return Machine(
         cpu=cpu_name(processors),
         physical_cores=physical_cores(processors, allowed, quota),
@@ -120,6 +123,28 @@ def physical_cores(
             places.add((table.get("physical id", "0"), core) if core else ("", number))
     cores = len(places) or psutil.cpu_count(logical=False) or len(allowed)
     return max(1, min(cores, len(allowed), quota or cores))
+
+
+def cpu_isa() -> tuple[str, ...]:
+    """The instruction sets of this machine's processor."""
+    return isa_flags(parse_cpuinfo(_read(_CPUINFO)))
+
+
+def cgroup_folders(text: str, root: Path) -> list[Path]:
+    """The cgroup of this process and those around it, from /proc/self/cgroup; the root is last."""
+    for line in text.splitlines():
+        if line.startswith("0::/"):
+            parts = line.removeprefix("0::/").strip().split("/")
+            folder = root.joinpath(*parts)
+            if ".." not in parts and folder.is_dir():
+                around = [folder, *folder.parents]
+                return around[: around.index(root) + 1]
+    return [root]
+
+
+def gpu_driver_present() -> bool:
+    """Whether the system has a GPU driver's device node (NVIDIA, WSL, ROCm)."""
+    return any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
 
 
 def cpu_quota(cgroup: Path) -> int | None:

@@ -23,7 +23,7 @@ class AttentionInputs:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Grouped-query attention with fused projections; writes the new keys and values, then attends."""
+    """Grouped-query attention, projections fused; writes the new keys and values, then attends."""
 
     qkv: Linear
     output: Linear
@@ -41,9 +41,7 @@ class Attention:
             query_key.copy_(self.head_norm(query_key))
         inputs.rotary.rotate_(query_key)
         write_kv(cache, qkv[:, self.heads :], inputs.slots)
-        attended = planned_attention(
-            qkv[:, : self.heads], cache, inputs.plan, self.head_dim**-0.5
-        )
+        attended = planned_attention(qkv[:, : self.heads], cache, inputs.plan, self.head_dim**-0.5)
         return self.output(attended.view(tokens, self.heads * self.head_dim))
 
     @property

@@ -28,6 +28,4 @@ def fused(parts: Sequence[Linear]) -> Linear:
     """Projections of the same input as one, their outputs side by side (QKV; gate and up)."""
     biases = [part.bias for part in parts if part.bias is not None]
     assert len(biases) in (0, len(parts)), "either all parts have a bias or none"
-    return Linear(
-        torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None
-    )
+    return Linear(torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None)

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), in the half-split layout of Llama."""
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), halves split as in Llama."""
 
 import math
 from dataclasses import dataclass
@@ -45,9 +45,7 @@ def _llama3(frequencies: Tensor, scaling: Scaling) -> Tensor:
     blended = (1 - kept) * frequencies / scaling.factor + kept * frequencies
     long = wavelengths > scaling.original_positions / low
     short = wavelengths < scaling.original_positions / high
-    return torch.where(
-        long, frequencies / scaling.factor, torch.where(short, frequencies, blended)
-    )
+    return torch.where(long, frequencies / scaling.factor, torch.where(short, frequencies, blended))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,7 @@ class Rotary:
 
     @classmethod
     def at(cls, positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> "Rotary":
-        """Positions [T] and frequencies float32 [head_dim / 2]; angles are float32, then rounded to dtype."""
+        """For positions [T] and frequencies float32 [head_dim / 2]; rounded to dtype at the end."""
         angles = positions[:, None, None].float() * frequencies
         cos, sin = angles.cos(), angles.sin()
         return cls(

@@ -83,7 +83,8 @@ class ModelConfig:
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
         """Read a config.json, in the manner of transformers 4 or 5.
 
-        Raises UnsupportedError for what the decoder does not know, ArtifactError for what is missing.
+        Raises UnsupportedError for what the decoder does not know, ArtifactError for what is not
+        there.
         """
         architecture = _architecture(config)
         family = FAMILIES[architecture]
@@ -150,9 +151,7 @@ def _activation(config: Mapping[str, Any]) -> Literal["silu"]:
     return "silu"
 
 
-def _sliding_window(
-    config: Mapping[str, Any], family: _Family, max_positions: int
-) -> int | None:
+def _sliding_window(config: Mapping[str, Any], family: _Family, max_positions: int) -> int | None:
     if family.window_is_opt_in and not config.get("use_sliding_window", False):
         return None
     window = config.get("sliding_window", family.sliding_window)
@@ -160,7 +159,7 @@ def _sliding_window(
 
 
 def _rope(config: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
-    """Base and scaling: `rope_parameters` of transformers 5, else `rope_theta` and `rope_scaling`."""
+    """Base and scaling, from `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling`."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))

@@ -68,7 +68,7 @@ class Decoder:
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of the weights that each decode step reads: all but the rows of the embedding table."""
+        """Bytes of the weights that each decode step reads: all but an untied embedding table."""
         return sum(layer.nbytes for layer in self.layers) + self.norm.nbytes + self.head.nbytes
 
     @property
@@ -78,7 +78,7 @@ class Decoder:
         return self.step_bytes + (0 if tied else self.embedding.nbytes)
 
     def __call__(self, inputs: StepInputs, caches: Sequence[Tensor]) -> Tensor:
-        """Fill the caches, one a layer, and return hidden states [T, hidden] before the last norm."""
+        """Fill the caches, one a layer; return hidden states [T, hidden] before the last norm."""
         rotary = Rotary.at(inputs.positions, self.frequencies, self.dtype)
         attention = AttentionInputs(rotary, inputs.slots, inputs.plan)
         x = self.embedding(inputs.token_ids)

@@ -118,7 +118,9 @@ def release(part: nn.Module) -> None:
 def blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """The decoder's blocks and their names, in order: the longest list of modules in the model."""
     lists = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
     ]
     if not lists:
         raise UnsupportedError(f"{type(model).__name__} has no list of blocks")

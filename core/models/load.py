@@ -22,8 +22,8 @@ from infopt.core.models.mlp import GatedMLP
 def load_decoder(artifact: Artifact, dtype: torch.dtype, device: torch.device) -> Decoder:
     """Read the weights, one layer at a time, into `dtype` on `device`.
 
-    Raises UnsupportedError for a model the decoder does not know, ArtifactError for a tensor that is
-    missing or of another shape than the config says.
+    Raises UnsupportedError for a model the decoder does not know, ArtifactError for a tensor that
+    is missing or of another shape than the config says.
     """
     return _Loader(artifact, dtype, device).decoder()
 
@@ -81,7 +81,11 @@ class _Loader:
         )
 
     def mlp(self, name: str) -> GatedMLP:
-        wide, hidden, bias = self.config.intermediate_size, self.config.hidden_size, self.config.mlp_bias
+        wide, hidden, bias = (
+            self.config.intermediate_size,
+            self.config.hidden_size,
+            self.config.mlp_bias,
+        )
         gate = self.linear(f"{name}.gate_proj", wide, hidden, bias=bias)
         up = self.linear(f"{name}.up_proj", wide, hidden, bias=bias)
         return GatedMLP(
@@ -95,7 +99,8 @@ class _Loader:
     def head_norm(self, name: str) -> HeadNorm:
         config = self.config
         query, key = (
-            self.tensor(f"{name}.{part}.weight", (config.head_dim,)) for part in ("q_norm", "k_norm")
+            self.tensor(f"{name}.{part}.weight", (config.head_dim,))
+            for part in ("q_norm", "k_norm")
         )
         weight = torch.cat((query.expand(config.heads, -1), key.expand(config.kv_heads, -1)))
         return HeadNorm(weight, config.norm_eps)

@@ -17,9 +17,10 @@ from infopt.core.profiling.timer import repeat_for
 from infopt.core.progress import Progress, ProgressCallback, silent
 
 _SMALLEST_BUFFER = 64 * 2**20
-_LARGEST_BUFFER = 160 * 2**20  # three are held at a time
+_LARGEST_BUFFER = 512 * 2**20
 _SIDE = 1024
 _ROUNDS = 2
+_CALLS_ON_GPU = 20
 # (M, N, K) of x [M, K] by W [N, K]: squares, and the shapes of a prefill. Smallest work first.
 _PRODUCTS = (
     (256, 1536, 576),
@@ -32,8 +33,6 @@ _PRODUCTS = (
     (4096, 4096, 4096),
     (8192, 8192, 8192),
 )
-# A shape is left out if one product would take longer: the time is better spent on repeats.
-_LONGEST_PRODUCT = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +75,8 @@ def measure_ceilings(
 ) -> Ceilings:
     """Measure with the threads that torch has now, in about `seconds` and their warm-up.
 
-    `cache_bytes` is the last-level cache; each buffer is four times that, within 64 to 160 MiB.
+    `cache_bytes` is the last-level cache; each reading kernel goes through four times that, within
+    64 to 512 MiB.
     """
     size = min(max(4 * cache_bytes, _SMALLEST_BUFFER), _LARGEST_BUFFER)
     bandwidth = _bandwidth(device, dtype, size, seconds / 2, progress)
@@ -93,27 +93,31 @@ def _bandwidth(
     for number in range(_ROUNDS):
         for name, (moved, work) in kernels.items():
             progress(Progress("measure bandwidth", number, _ROUNDS, name))
-            times = repeat_for(_synchronized(work, device), seconds=each)
-            rates[name] += [moved / run for run in times.runs]
+            complete, calls = _complete(work, device)
+            times = repeat_for(complete, seconds=each)
+            rates[name] += [calls * moved / run for run in times.runs]
     return tuple(_rate(name, found) for name, found in rates.items())
 
 
 def _reading_kernels(
     device: torch.device, dtype: torch.dtype, size: int
 ) -> dict[str, tuple[int, Callable[[], object]]]:
-    """Name to (bytes moved by a call, the call); all share three buffers."""
-    rows = size // dtype.itemsize // _SIDE // _SIDE * _SIDE
-    a, b, c = (torch.full((rows, _SIDE), 0.5, dtype=dtype, device=device) for _ in range(3))
+    """Name to (bytes moved by a call, the call); each goes through one and the same buffer."""
+    # Rows that make up whole square layers, halves and thirds.
+    rows = size // dtype.itemsize // _SIDE // (6 * _SIDE) * (6 * _SIDE)
+    whole = torch.full((rows, _SIDE), 0.5, dtype=dtype, device=device)
     vector = torch.full((_SIDE,), 0.5, dtype=dtype, device=device)
-    token, layers = vector[None], a.view(-1, _SIDE, _SIDE).unbind()
-    moved = a.nbytes
+    token, layers = vector[None], whole.view(-1, _SIDE, _SIDE).unbind()
+    left, right = whole.view(2, -1).unbind()
+    a, b, c = whole.view(3, -1).unbind()
+    moved = whole.nbytes
     return {
-        "copy": (2 * moved, lambda: c.copy_(a)),
-        "triad": (3 * moved, lambda: torch.add(a, b, alpha=0.5, out=c)),
-        "sum": (moved, lambda: a.sum()),
-        "dot": (2 * moved, lambda: torch.dot(a.view(-1), b.view(-1))),
-        "gemv": (moved, lambda: torch.mv(a, vector)),
-        "linear of one token": (moved, lambda: linear(token, a)),
+        "copy": (moved, lambda: left.copy_(right)),
+        "triad": (moved, lambda: torch.add(a, b, alpha=0.5, out=c)),
+        "sum": (moved, lambda: whole.sum()),
+        "dot": (moved, lambda: torch.dot(left, right)),
+        "gemv": (moved, lambda: torch.mv(whole, vector)),
+        "linear of one token": (moved, lambda: linear(token, whole)),
         "linears of one token": (moved, lambda: [linear(token, weight) for weight in layers]),
     }
 
@@ -122,15 +126,22 @@ def _compute(
     device: torch.device, dtype: torch.dtype, seconds: float, progress: ProgressCallback
 ) -> tuple[Rate, ...]:
     rates: list[Rate] = []
+    drawn = torch.Generator(device).manual_seed(0)
+    each = seconds / len(_PRODUCTS)
     for number, (m, n, k) in enumerate(_PRODUCTS):
         flops = 2.0 * m * n * k
-        if rates and flops / max(rate.best for rate in rates) > _LONGEST_PRODUCT:
+        # A shape that takes the time of several is left out, and so are the larger ones.
+        expected = flops / max(rate.best for rate in rates) if rates else 0.0
+        if expected > each:
             break
         progress(Progress("measure compute", number, len(_PRODUCTS), f"{m}x{n}x{k}"))
-        x, weight = (torch.randn(rows, k, device=device).to(dtype) for rows in (m, n))
-        work = _synchronized(_product(x, weight), device)
-        times = repeat_for(work, seconds=seconds / len(_PRODUCTS))
-        rates.append(_rate(f"gemm {m}x{n}x{k}", [flops / run for run in times.runs]))
+        x, weight = (
+            torch.randn(rows, k, device=device, generator=drawn).to(dtype) for rows in (m, n)
+        )
+        work, calls = _complete(_product(x, weight), device)
+        quick = expected < each / 10
+        times = repeat_for(work, seconds=each, warmup=3 if quick else 1, least=3 if quick else 2)
+        rates.append(_rate(f"gemm {m}x{n}x{k}", [calls * flops / run for run in times.runs]))
     return tuple(rates)
 
 
@@ -142,13 +153,17 @@ def _rate(kernel: str, rates: list[float]) -> Rate:
     return Rate(kernel, best=max(rates), median=statistics.median(rates))
 
 
-def _synchronized(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """The same work, done when the call returns."""
+def _complete(work: Callable[[], object], device: torch.device) -> tuple[Callable[[], object], int]:
+    """The work, done when the call returns, and how often a call does it.
+
+    On a GPU often enough that the launch and the waiting do not show.
+    """
     if device.type != "cuda":
-        return work
+        return work, 1
 
     def waiting() -> None:
-        work()
+        for _ in range(_CALLS_ON_GPU):
+            work()
         torch.cuda.synchronize(device)
 
-    return waiting
+    return waiting, _CALLS_ON_GPU

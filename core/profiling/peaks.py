@@ -6,12 +6,17 @@ from datetime import UTC, datetime
 
 import torch
 
+from infopt.core.errors import ResourceError
 from infopt.core.hardware.calibration import Calibration, load_calibration, store_calibration
-from infopt.core.profiling.calibrate import Ceilings, measure_ceilings
+from infopt.core.profiling.calibrate import Ceilings, Rate, measure_ceilings
 from infopt.core.profiling.last_level_cache import ASSUMED, last_level_cache
 from infopt.core.progress import ProgressCallback, silent
 from infopt.core.reports.profile import Peaks
 from infopt.core.reports.schema import Origin
+
+_LOAD = "load average before"
+# What this process itself did before may count for as much as its threads.
+_BUSY = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +36,16 @@ def device_peaks(
     progress: ProgressCallback = silent,
     at_least: Peaks | None = None,
 ) -> KnownPeaks:
-    """The stored peaks of this device, dtype and torch's threads; measured and stored if there are none.
+    """The stored peaks of this device, dtype and torch's threads; if there are none, measured now.
 
-    With `at_least` they are measured anew, and each is the higher of both: what was once reached can
-    be reached.
+    With `at_least` they are measured anew, and each is the higher of both: what was once reached
+    can be reached. What is measured is stored.
     """
     threads = torch.get_num_threads() if device == "cpu" else 1
     record, warning = load_calibration(name, dtype, threads)
-    warnings = () if warning is None else (warning,)
+    told = () if warning is None else (warning,)
     if record is not None and at_least is None:
-        return KnownPeaks(_as_peaks(record), "calibrated", warnings)
+        return KnownPeaks(_as_peaks(record), "calibrated", (*told, *_busy(record)))
     load = _load()
     kind = torch.device(device)
     cache = _cache_bytes(kind)
@@ -56,8 +61,22 @@ def device_peaks(
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         conditions=_conditions(ceilings, cache, load),
     )
-    store_calibration(record)
-    return KnownPeaks(_as_peaks(record), "measured", warnings)
+    try:
+        store_calibration(record)
+    except ResourceError as error:  # the measurement is good, only the next run must repeat it
+        told += (f"the measured peaks could not be stored: {error.message}",)
+    return KnownPeaks(_as_peaks(record), "measured", (*told, *_busy(record)))
+
+
+def _busy(record: Calibration) -> tuple[str, ...]:
+    """A warning where more ran than the threads that were free for the measurement."""
+    load = record.conditions.get(_LOAD, "").split()
+    if not load or float(load[0]) <= _BUSY * record.threads:
+        return ()
+    return (
+        f"the peaks were measured at a load average of {load[0]} with {record.threads} threads: "
+        "they may be too low, and mfu and mbu too high",
+    )
 
 
 def _as_peaks(record: Calibration) -> Peaks:
@@ -73,17 +92,21 @@ def _as_peaks(record: Calibration) -> Peaks:
 
 
 def _conditions(ceilings: Ceilings, cache: int | None, load: str) -> dict[str, str]:
-    reader, product = ceilings.reader, ceilings.product
     known = f"{cache / 2**20:.0f} MiB" if cache else f"unknown, {ASSUMED / 2**20:.0f} MiB assumed"
     return {
         "torch": str(torch.__version__),
-        "load average before": load,
+        _LOAD: load,
         "last-level cache": known,
         "buffers": f"{ceilings.buffer_bytes / 2**20:.0f} MiB",
-        "best reader": f"{reader.kernel} ({reader.best / 1e9:.1f} GB/s, median {reader.median / 1e9:.1f})",
-        "best product": f"{product.kernel} ({product.best / 1e9:.0f} GFLOP/s, median {product.median / 1e9:.0f})",
-        **{rate.kernel: f"{rate.best / 1e9:.1f} GB/s" for rate in ceilings.bandwidth},
+        "best product": ceilings.product.kernel,
+        "best reader": ceilings.reader.kernel,
+        **{rate.kernel: _words(rate, "GFLOP/s") for rate in ceilings.compute},
+        **{rate.kernel: _words(rate, "GB/s") for rate in ceilings.bandwidth},
     }
+
+
+def _words(rate: Rate, unit: str) -> str:
+    return f"best {rate.best / 1e9:.1f}, median {rate.median / 1e9:.1f} {unit}"
 
 
 def _cache_bytes(device: torch.device) -> int | None:

@@ -21,8 +21,8 @@ OPERATORS = ("embedding", "norms", "qkv", "attention", "o", "gate_up", "down", "
 # Of a tensor's name, in the order they are tried: q_norm is a norm, not a q projection.
 _NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("norms", ("norm",)),
-    ("embedding", ("embed_tokens", ".wte.", "word_embeddings")),
-    ("lm_head", ("lm_head", "output.weight")),
+    ("embedding", ("embed_tokens",)),
+    ("lm_head", ("lm_head",)),
     ("qkv", ("q_proj", "k_proj", "v_proj", "qkv_proj")),
     ("o", ("o_proj",)),
     ("gate_up", ("gate_proj", "up_proj")),
@@ -31,7 +31,7 @@ _NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def matrix_sizes(config: ModelConfig) -> dict[str, int]:
-    """Elements of the weight matrices by operator, all layers together; lm_head also where it is tied."""
+    """Elements of the weight matrices by operator, over all layers; lm_head even where tied."""
     hidden, wide = config.hidden_size, config.heads * config.head_dim
     narrow = config.kv_heads * config.head_dim
     return {
@@ -44,7 +44,7 @@ def matrix_sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters by operator, biases and norms included; a tied table is in embedding and lm_head."""
+    """Parameters by operator, with biases and norms; a tied table is in embedding and lm_head."""
     found = {"embedding": config.vocab_size * config.hidden_size, **matrix_sizes(config)}
     head_norms = 2 * config.head_dim if config.qk_norm else 0
     found["norms"] = config.layers * (2 * config.hidden_size + head_norms) + config.hidden_size
@@ -79,8 +79,8 @@ def weight_bytes(
         size = header.nbytes if stored else header.numel * dtype_bytes
         operator = operator_of(name)
         found[operator] = found.get(operator, 0) + size
-    if config.tied_embeddings:
-        found["lm_head"] = found["embedding"]
+    if config.tied_embeddings:  # stored under either name, or under both
+        found["embedding"] = found["lm_head"] = max(found["embedding"], found["lm_head"])
     return found
 
 
@@ -108,7 +108,7 @@ def kv_bytes(config: ModelConfig, *, batch: int, context: int, dtype_bytes: int)
 
 
 def attended(config: ModelConfig, tokens: int) -> int:
-    """Query-key pairs of a sequence's first `tokens` tokens: sum of min(i, window) over i = 1..tokens."""
+    """Query-key pairs of a sequence's first `tokens`: the sum of min(i, window), i = 1..tokens."""
     window = min(tokens, config.sliding_window or tokens)
     return window * (window + 1) // 2 + (tokens - window) * window
 
@@ -122,7 +122,7 @@ def phase_cost(
     new: int,
     dtype_bytes: int,
 ) -> PhaseCost:
-    """One pass of `new` tokens per sequence over `past` cached ones: decode is new=1, prefill past=0."""
+    """One pass of `new` tokens a sequence over `past` cached: decode is new=1, prefill past=0."""
     sizes = matrix_sizes(config)
     pairs = attended(config, past + new) - attended(config, past)
     flops = {name: 2.0 * size * batch * new for name, size in sizes.items()}
@@ -161,9 +161,9 @@ def memory_need(
     dtype_bytes: int,
     reserve: int,
 ) -> MemoryNeed:
-    """Bytes while serving `batch` sequences of `context` tokens, `step_tokens` of them computed at a time.
+    """Bytes while serving `batch` sequences of `context` tokens, `step_tokens` computed at a time.
 
-    Activations are the widest point of one layer; logits are held in float32 beside the dtype's own.
+    Activations are the widest point of one layer; logits are held in the dtype and in float32.
     """
     attention = (2 * config.heads + 2 * config.kv_heads) * config.head_dim
     widest = 2 * config.hidden_size + max(attention, 3 * config.intermediate_size)
@@ -210,9 +210,7 @@ def static_profile(
         )
 
     def cost(past: int, new: int) -> PhaseCost:
-        return phase_cost(
-            config, weights, batch=batch, past=past, new=new, dtype_bytes=width
-        )
+        return phase_cost(config, weights, batch=batch, past=past, new=new, dtype_bytes=width)
 
     memory = need(batch)
     return StaticProfile(

@@ -35,7 +35,9 @@ def repeat(work: Callable[[], object], *, warmup: int, runs: int) -> Times:
     return Times(tuple(timed(work) for _ in range(runs)))
 
 
-def repeat_for(work: Callable[[], object], *, seconds: float, warmup: int = 3, least: int = 3, most: int = 15) -> Times:
+def repeat_for(
+    work: Callable[[], object], *, seconds: float, warmup: int = 3, least: int = 3, most: int = 15
+) -> Times:
     """Time `least` to `most` calls, as many as fit in `seconds`; the warm-up is not in them."""
     for _ in range(warmup):
         work()

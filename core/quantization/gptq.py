@@ -54,16 +54,16 @@ def gptq(
     order = torch.argsort(prepared.diagonal(), descending=True, stable=True) if act_order else None
     if order is not None:
         prepared = prepared[order][:, order]
-    factor, damp, fallback = inverse_factor(prepared, damp)
+    factor, damp, climbed = inverse_factor(prepared, damp)
     if factor is None:
-        return GptqResult(quantize_nearest(weight, number_format), damp, fallback)
+        return GptqResult(quantize_nearest(weight, number_format), damp, climbed)
     columns = weight.float().T
     if order is None:
         codes, grid = _sweep_dynamic(columns.contiguous(), factor, number_format, block)
     else:
         grid = group_grids(weight, number_format)
         codes = _sweep_static(columns[order], factor, number_format, block, grid, order)
-    return GptqResult(as_quantized(codes.T, grid, number_format), damp, fallback)
+    return GptqResult(as_quantized(codes.T, grid, number_format), damp, climbed)
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor | None, float, str | None]:
@@ -136,7 +136,9 @@ def _sweep_dynamic(
             codes[start : start + count] = _quantize_block(
                 columns, factor, start, chosen, number_format
             )
-    scale, zero = (torch.stack(parts, dim=1) for parts in ([g.scale for g in made], [g.zero for g in made]))
+    scale, zero = (
+        torch.stack(parts, dim=1) for parts in ([g.scale for g in made], [g.zero for g in made])
+    )
     return codes, Grid(scale, zero)
 
 

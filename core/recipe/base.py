@@ -20,7 +20,7 @@ S = TypeVar("S", bound=Settings)
 
 
 def validated(kind: type[S], values: Mapping[str, Any], where: str) -> S:
-    """Build settings from plain values; `where` (a file and step, or 'the command line') names the source.
+    """Build settings from plain values; `where` names their source: a file and step, or the like.
 
     Raises RecipeError with the first fault; an unknown key is answered with the nearest right one.
     """

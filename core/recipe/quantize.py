@@ -24,7 +24,7 @@ class QuantizeSettings(Settings):
     damp_percent: float = Field(default=0.01, gt=0, lt=1)
     """Share of the mean Hessian diagonal added to it (gptq only)."""
     true_sequential: bool = True
-    """Within a block, quantize q/k/v, o, gate/up, down in turn, each seeing the others' quantized outputs."""
+    """Within a block: q/k/v, o, gate/up, down in turn, each seeing those before it quantized."""
     ignore: tuple[str, ...] = ("lm_head",)
     """Linear layers left as they are: full names, or patterns with * and ?."""
     calibration: CalibrationSettings = CalibrationSettings()

@@ -46,7 +46,7 @@ class Recipe(Settings):
 
 
 def find_recipe(word: str) -> Path:
-    """The file that a word names: a path, or a recipe that comes with infopt, such as `run/demo`."""
+    """The file that a word names: a path, or a recipe of infopt's own, such as `run/demo`."""
     path = Path(word)
     if path.exists():
         return path

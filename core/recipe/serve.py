@@ -32,4 +32,4 @@ class ServeSettings(EngineSettings):
     model_name: str | None = None
     """The name that clients ask for; default: the artifact's own."""
     ask: tuple[str, ...] = ()
-    """Start, ask these questions as chats, stop; in a run, the server stays up for the steps that follow."""
+    """Start, ask these as chats, stop; in a run, the server stays up for the steps that follow."""

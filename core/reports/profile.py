@@ -82,11 +82,14 @@ class Peaks(Record):
 
     device: str
     dtype: str
+    threads: int
     flops_per_s: float
     """Of the best matrix product, in this dtype."""
     bytes_per_s: float
     """Of the best reading kernel."""
     measured_at: str
+    conditions: dict[str, str]
+    """In words: the kernels that won, the load before, sizes, torch's version."""
 
 
 class ProfileReport(Report):

@@ -8,7 +8,8 @@ class LayerError(Record):
 
     name: str
     error: float
-    """Relative output error ||(W - Q) X||^2 / ||W X||^2 on the calibration text."""
+    """Relative output error ||(W - Q) X||^2 / ||W X||^2 on the calibration text; method rtn sees
+    no text, and then it is the weight's own: ||W - Q||^2 / ||W||^2."""
     rtn_error: float
     """The same for rounding to nearest on the same grid."""
     bits: int

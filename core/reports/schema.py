@@ -4,8 +4,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-SCHEMA_VERSION = 1
-
 Origin = Literal["measured", "calibrated", "computed", "datasheet", "assumed"]
 """Where a number comes from: timed or counted on this device just now; measured earlier and stored;
 derived by arithmetic from configs and files; a vendor's figure; or a guess, said to be one."""
@@ -71,7 +69,7 @@ class Percentiles(Record):
 class Report(Record):
     """The head of every report; each verb's report adds its findings at the top level."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     command: str
     model: ModelSummary | None = None
     provenance: dict[str, Origin]

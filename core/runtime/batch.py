@@ -52,7 +52,9 @@ def build_batch(
     wanted = [end - 1 for item, end in zip(ordered, ends, strict=True) if item.samples]
     return Batch(
         inputs=step_inputs(spans, block_size=block_size, dtype=dtype, device=device),
-        rows=None if len(wanted) == ends[-1] else torch.tensor(wanted, device=device),
+        rows=None
+        if len(wanted) == ends[-1]
+        else torch.tensor(wanted, dtype=torch.int64, device=device),
         sampling=tuple(item for item in ordered if item.samples),
     )
 

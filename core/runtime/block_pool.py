@@ -4,10 +4,10 @@ from infopt.core.errors import UsageError
 
 
 class BlockPool:
-    """Blocks 0 to total - 1, each free or owned by as many as share it; every operation is O(1) a block.
+    """Blocks 0 to total - 1, each free or owned by as many as share it; all is O(1) a block.
 
-    The last block freed is the first one taken: it is the warmest, and memory that a small load never
-    needs is never touched.
+    The last block freed is the first one taken: it is the warmest, and memory that a small load
+    never needs is never touched.
     """
 
     def __init__(self, total: int) -> None:

@@ -35,7 +35,7 @@ class EngineStats:
 
 
 class Engine:
-    """Continuous batching over a paged KV cache; single-threaded, and knows tokens only, no text."""
+    """Continuous batching over a paged KV cache; single-threaded; knows tokens, no text."""
 
     def __init__(
         self,
@@ -64,8 +64,8 @@ class Engine:
     def load(cls, artifact: Artifact, settings: EngineSettings) -> "Engine":
         """Load the weights and set the KV cache up.
 
-        Raises UnsupportedError for a model the decoder does not know, ResourceError where memory does not
-        suffice, UsageError for a `max_model_len` beyond what model or cache hold.
+        Raises UnsupportedError for a model the decoder does not know, UsageError for a
+        `max_model_len` beyond the model's, ResourceError where memory or cache do not suffice.
         """
         config = ModelConfig.from_hf(artifact.config)
         limit = _longest(config, settings)
@@ -92,8 +92,8 @@ class Engine:
     def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> None:
         """Queue a request.
 
-        Raises UsageError for a prompt that is empty, has tokens the model does not know, or with its
-        `max_tokens` is longer than `max_model_len`, and for an id that is in use.
+        Raises UsageError for a prompt that is empty, has tokens the model does not know, or with
+        its `max_tokens` is longer than `max_model_len`, and for an id that is in use.
         """
         vocabulary = self._runner.decoder.config.vocab_size
         if request_id in self._requests:
@@ -138,8 +138,7 @@ class Engine:
         requests = [item.request for item in batch.sampling]
         choices = sample(logits, [r.params for r in requests], [r.generator for r in requests])
         return outputs + [
-            self._take(request, choice)
-            for request, choice in zip(requests, choices, strict=True)
+            self._take(request, choice) for request, choice in zip(requests, choices, strict=True)
         ]
 
     def has_work(self) -> bool:
@@ -218,7 +217,7 @@ def _longest(config: ModelConfig, settings: EngineSettings) -> int:
         )
     if asked > config.full_attention_positions:
         raise UnsupportedError(
-            f"max_model_len {asked} is beyond the model's sliding window of {config.sliding_window}",
+            f"max_model_len {asked} is beyond the sliding window of {config.sliding_window} tokens",
             "sliding-window attention is not known; stay within the window",
         )
     return asked

@@ -17,7 +17,7 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What became of one prompt; `text` ends before a stop string, `token_ids` after its last token."""
+    """What became of a prompt; `text` ends before a stop string, `token_ids` after it."""
 
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
@@ -47,8 +47,10 @@ class _Answer:
 
 
 class LLM:
-    """An engine with its tokenizer; `model` as on the command line: a directory, a .gguf file, a hub id,
-    or None for the default model."""
+    """An engine with its tokenizer.
+
+    `model` is as on the command line: a directory, a .gguf file, a hub id, or None for the default.
+    """
 
     def __init__(
         self, model: str | Artifact | None = None, settings: EngineSettings | None = None
@@ -62,8 +64,8 @@ class LLM:
     ) -> list[Completion]:
         """Complete all prompts together, texts or lists of tokens, and return them in their order.
 
-        Raises UsageError, before anything runs, for a prompt that does not fit, and EngineError where the
-        model gave logits that are not finite.
+        Raises UsageError, before anything runs, for a prompt that does not fit, and EngineError
+        where the model gave logits that are not finite.
         """
         params = params or SamplingParams()
         batch = [prompts] if isinstance(prompts, str) else list(prompts)

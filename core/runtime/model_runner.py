@@ -16,7 +16,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, inputs: StepInputs, rows: Tensor | None = None) -> Tensor:
-        """Logits [R, vocabulary] of the tokens at `rows` [R] of the step; of all where it is None."""
+        """Logits [R, vocabulary] of the step's tokens at `rows` [R]; of all where it is None."""
         hidden = self.decoder(inputs, self.cache.layers)
         if rows is not None:
             hidden = hidden.index_select(0, rows)

@@ -32,7 +32,7 @@ class PhaseRunner:
         self._decoding: list[Span] = []
 
     def prefill(self, batch: int, tokens: int) -> None:
-        """Compute `batch` prompts of `tokens` random tokens in one step, up to the logits of the last."""
+        """Compute `batch` prompts of `tokens` random tokens in one step, and the logits of the last."""
         self._run(self._runner_for(batch, tokens), self._spans(batch, tokens, new=tokens))
 
     def prepare_decode(self, batch: int, context: int) -> None:
@@ -46,7 +46,7 @@ class PhaseRunner:
         self._decoding = self._spans(batch, context, new=1)
 
     def decode_step(self) -> None:
-        """One token for each request, its attention over the whole context; always the same context."""
+        """One token for each request, attending to the whole context, which stays as it is."""
         assert self._decoding and self._runner, "prepare_decode comes first"
         self._run(self._runner, self._decoding)
 
@@ -77,11 +77,9 @@ class PhaseRunner:
         return self._runner
 
     def _spans(self, batch: int, context: int, *, new: int) -> list[Span]:
-        """The last `new` of `context` tokens of each request, blocks dealt out in turn as they grow."""
+        """The last `new` of `context` tokens of each request, blocks dealt out in turn."""
         width = -(-context // self._block_size)
         drawn = torch.randint(
             self._decoder.config.vocab_size, (batch, new), generator=self._tokens
         ).tolist()
-        return [
-            Span(drawn[r], context - new, range(r, batch * width, batch)) for r in range(batch)
-        ]
+        return [Span(drawn[r], context - new, range(r, batch * width, batch)) for r in range(batch)]

@@ -16,8 +16,8 @@ MAX_LOGPROBS = 20
 class SamplingParams:
     """How to choose the tokens of one request; raises UsageError for a value out of its range.
 
-    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 set no limit; `max_tokens` None means up to the
-    engine's longest sequence. Stop strings are for whoever turns tokens into text: the engine
+    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 set no limit; `max_tokens` None means up to
+    the engine's longest sequence. Stop strings are for whoever turns tokens into text: the engine
     itself heeds only `stop_token_ids` and the model's end-of-sequence tokens.
     """
 
@@ -75,7 +75,7 @@ class StepOutput:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A request on its way: the tokens known so far, and for how many of them the cache is filled."""
+    """A request on its way: the tokens known so far, and how many of them are in the cache."""
 
     request_id: str
     params: SamplingParams
@@ -92,5 +92,5 @@ class Request:
 
     @property
     def pending(self) -> int:
-        """Known tokens still to be computed; one of them is always left, else the request is over."""
+        """Known tokens still to be computed: at least one between steps."""
         return len(self.tokens) - self.computed

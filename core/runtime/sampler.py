@@ -8,7 +8,7 @@ from torch import Tensor
 
 from infopt.core.runtime.request import SamplingParams, TokenLogprob
 
-# A window of the most likely tokens nearly always holds the nucleus, and is far cheaper than a sort.
+# The most likely tokens nearly always hold the nucleus, and are far cheaper to find than a sort.
 _WINDOW = 1024
 
 
@@ -30,7 +30,9 @@ def sample(
     finite = torch.isfinite(logits.sum(-1)).tolist()
     best = logits.argmax(-1).tolist()
     return [
-        _choose(logits[row], best[row], params[row], generators[row]) if finite[row] else Choice(None)
+        _choose(logits[row], best[row], params[row], generators[row])
+        if finite[row]
+        else Choice(None)
         for row in range(len(params))
     ]
 

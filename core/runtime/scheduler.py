@@ -21,12 +21,13 @@ class Work:
 
 
 class Scheduler:
-    """First come, first served: each step lets the computed tokens of every request catch up with its
-    known tokens, within a budget.
+    """First come, first served: each step lets every request's computed tokens catch up with its
+    known ones, within a budget.
 
     There is no prefill and no decode phase: a long prompt is caught up with in chunks, a preempted
-    request from the start again, a running one by a token a step. A request is let in when the blocks
-    for all its known tokens are free; when blocks run out, the newest gives its own back and waits.
+    request from the start again, a running one by a token a step. A request is let in when the
+    blocks for all its known tokens are free; when blocks run out, the newest gives its own back and
+    waits.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Scheduler:
         return work
 
     def _make_room(self, request: Request, length: int) -> bool:
-        """Get the blocks for `length` tokens, preempting the newest; False if that is the request itself."""
+        """Get blocks for `length` tokens, preempting the newest; False if that is the request."""
         while self._missing(request, length) > self.pool.free:
             newest = self.running.pop()
             self._preempt(newest)

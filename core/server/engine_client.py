@@ -3,6 +3,7 @@
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
 
 import zmq
 import zmq.asyncio
@@ -73,7 +74,7 @@ class EngineClient:
                 await self._send("abort", id=name)
 
     async def stats(self, timeout: float) -> dict[str, int]:
-        """Ask the engine for its counts; EngineError if it is gone or silent for `timeout` seconds."""
+        """Ask the engine for its counts; EngineError if it is gone or silent for too long."""
         self._check()
         future: asyncio.Future[dict[str, int]] = asyncio.get_running_loop().create_future()
         self._asking.append(future)
@@ -107,7 +108,9 @@ class EngineClient:
             raise self._fresh()
 
     async def _send(self, kind: str, **content: object) -> None:
-        await self._channel.send(messages.pack(kind, **content))
+        # Without waiting: an engine that is gone takes nothing, and its end is told by `fail`.
+        with suppress(zmq.Again):
+            await self._channel.send(messages.pack(kind, **content), zmq.NOBLOCK)
 
     def _tell(self, name: str, event: Event) -> None:
         queue = self._queues.get(name)

@@ -74,7 +74,15 @@ def _heed(engine: Engine, message: messages.Message, channel: "zmq.Socket[bytes]
 
 def stats_map(stats: Any) -> dict[str, int]:
     """The counts of an engine's statistics, by name."""
-    names = ("running", "waiting", "blocks_total", "blocks_used", "blocks_free", "preemptions", "steps")
+    names = (
+        "running",
+        "waiting",
+        "blocks_total",
+        "blocks_used",
+        "blocks_free",
+        "preemptions",
+        "steps",
+    )
     return {name: int(getattr(stats, name)) for name in names}
 
 

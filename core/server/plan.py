@@ -1,4 +1,4 @@
-"""What serving a model would take; needs neither the server's packages nor the weights in memory."""
+"""What serving a model would take; needs neither the server's packages nor the weights."""
 
 import torch
 
@@ -14,7 +14,7 @@ _PROCESSES_BYTES = 900 * 2**20
 
 
 def plan_serve(artifact: Artifact, settings: EngineSettings) -> Plan:
-    """The weights, the KV cache and the memory of an engine, and of the server where these are its settings.
+    """The weights, KV cache and memory of an engine, or of a server where these are its settings.
 
     Raises UnsupportedError for a model that the decoder does not know. An estimate: the free memory
     is that of now, before the weights are in it.

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from starlette.responses import JSONResponse, Response
@@ -20,7 +20,7 @@ class ClientGone(Exception):
 
 
 async def while_connected(work: Coroutine[Any, Any, T], receive: Receive) -> T:
-    """Race the work against the client's disconnect; raises ClientGone, the work cancelled and ended.
+    """Race the work against the client's disconnect; raises ClientGone once the work has ended.
 
     `receive` must have handed out the whole body already.
     """
@@ -74,32 +74,30 @@ class EventStream(Response):
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
+        with suppress(ClientGone):
             await while_connected(self._send(scope, receive, send), receive)
-        except ClientGone:
-            pass
 
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
-        async with aclosing(self._events):
-            try:
+        try:
+            async with aclosing(self._events):
                 async for event in self._events:
                     if not started:
                         started = True
-                        await send(
-                            {
-                                "type": "http.response.start",
-                                "status": 200,
-                                "headers": self.raw_headers,
-                            }
-                        )
+                        await send(_start(self.raw_headers))
                     await send(_body(_event(event)))
-                await send(_body(b"data: [DONE]\n\n", last=True))
-            except (ApiError, InfoptError) as error:
-                if not started:
-                    await error_response(error)(scope, receive, send)
-                    return
+            await send(_body(b"data: [DONE]\n\n", last=True))
+        except Exception as error:
+            if started:
                 await send(_body(_event(api_error(error).body), last=True))
+            else:
+                await error_response(error)(scope, receive, send)
+            if not isinstance(error, ApiError | InfoptError):
+                raise
+
+
+def _start(headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:
+    return {"type": "http.response.start", "status": 200, "headers": headers}
 
 
 def _event(content: dict[str, Any]) -> bytes:

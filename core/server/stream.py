@@ -20,7 +20,7 @@ class Generator(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text that can be sent, and the tokens since the last piece; only the last has a finish reason."""
+    """Text that can be sent, and the tokens since the last piece; the last has a finish reason."""
 
     index: int
     text: str

@@ -7,7 +7,6 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import zmq
@@ -30,7 +29,8 @@ async def engine(
     Raises what the engine raised while loading. If it dies later, requests get an EngineError and
     `on_death` is called.
     """
-    with tempfile.TemporaryDirectory(prefix="infopt-") as folder:  # 0700: ours alone
+    # 0700: ours alone. The engine removes it where it sees that this process was killed.
+    with tempfile.TemporaryDirectory(prefix="infopt-", ignore_cleanup_errors=True) as folder:
         address = f"ipc://{folder}/engine.sock"
         context = zmq.asyncio.Context()
         channel = context.socket(zmq.DEALER)

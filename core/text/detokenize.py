@@ -1,4 +1,4 @@
-"""Tokens to text as they come: whole characters only, and nothing that a stop string may yet take back."""
+"""Tokens to text as they come: whole characters only, and nothing a stop string may take back."""
 
 import re
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 class Detokenizer:
-    """The text of one request; the pushes and the finish, joined, are the decoded whole up to the stop.
+    """The text of one request; pushes and finish, joined, are the decoded whole up to the stop.
 
-    Where several stop strings are met, the one that is completed first ends the text (of those completed
-    together, the one that begins first): so the result does not depend on how the tokens were grouped.
+    Where several stop strings are met, the one that is completed first ends the text (of those
+    completed together, the longest), so the result does not depend on how tokens were grouped.
     """
 
     def __init__(
@@ -23,9 +23,10 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._skip_special = skip_special_tokens
+        self._invisible = _special_ids(tokenizer) if skip_special_tokens else frozenset()
         self._tokens: list[int] = []
-        # Text is decoded from a window of tokens: those from `_context` to `_settled` are done with and
-        # only give the decoder what it needs to see to the left (a leading space, say).
+        # Text is decoded from a window of tokens: those from `_context` to `_settled` are done with
+        # and only give the decoder what it needs to see to the left (a leading space, say).
         self._context = 0
         self._settled = 0
         self._sent = 0  # characters of the window's new text that are already handed on
@@ -49,7 +50,7 @@ class Detokenizer:
             return ""
         before = self._decode(self._tokens[self._context : self._settled])
         text = self._decode(self._tokens[self._context :])[len(before) :]
-        # At most the last character can be the beginning of one whose other bytes are still to come.
+        # At most the last character can be the beginning of one whose other bytes are to come.
         whole = final or not text.endswith(_UNFINISHED)
         new = text[self._sent :] if whole else text[self._sent : -1]
         self._sent += len(new)
@@ -58,15 +59,16 @@ class Detokenizer:
         return new
 
     def _in_byte_run(self) -> bool:
-        """Whether the last token is a single byte of the kind that is judged with its whole run.
+        """Whether the last visible token is a single byte of the kind that is judged by its run.
 
-        Byte-fallback decoders replace every byte of a run by U+FFFD if the run as a whole is not UTF-8,
-        so its text is known only when the run is over.
+        Byte-fallback decoders replace every byte of a run by U+FFFD if the run as a whole is not
+        UTF-8, so its text is known only when the run is over.
         """
-        if not self._tokens:
-            return False
-        token = self._tokenizer.convert_ids_to_tokens(self._tokens[-1])
-        return token is not None and _BYTE_TOKEN.fullmatch(token) is not None
+        for token_id in reversed(self._tokens):
+            token = self._tokenizer.convert_ids_to_tokens(token_id)
+            if token is not None and token_id not in self._invisible:
+                return _BYTE_TOKEN.fullmatch(token) is not None
+        return False
 
     def _decode(self, token_ids: list[int]) -> str:
         text: str = self._tokenizer.decode(
@@ -78,7 +80,9 @@ class Detokenizer:
 
     def _until_stop(self, new: str, *, final: bool) -> str:
         text = self._held + new
-        met = [(text.find(stop) + len(stop), -len(stop), stop) for stop in self._stop if stop in text]
+        met = [
+            (text.find(stop) + len(stop), -len(stop), stop) for stop in self._stop if stop in text
+        ]
         if met:
             end, negative_length, self.stopped_by = min(met)
             self._held = ""
@@ -86,6 +90,13 @@ class Detokenizer:
         hold = 0 if final else max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    """The tokens that decoding leaves out on request."""
+    return frozenset(
+        token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+    )
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -1,8 +1,8 @@
 """The paged cache of one layer: its layout, and how keys and values get in.
 
-A cache is [blocks, block_size, 2, kv_heads, head_dim], keys before values, so that a token's key and
-value lie side by side: one copy writes both and one gather reads both. Slot s is token s % block_size
-of block s // block_size.
+A cache is [blocks, block_size, 2, kv_heads, head_dim], keys before values, so that a token's key
+and value lie side by side: one copy writes both and one gather reads both. Slot s is token
+s % block_size of block s // block_size.
 """
 
 import torch
@@ -42,5 +42,5 @@ def by_slot(cache: Tensor) -> Tensor:
 
 
 def write_kv(cache: Tensor, key_value: Tensor, slots: Tensor) -> None:
-    """Write the keys and values of T tokens, [T, 2 * kv_heads, head_dim] with keys first, into `slots` [T]."""
+    """Write T tokens' keys, then values, [T, 2 * kv_heads, head_dim], into `slots` [T]."""
     by_slot(cache).index_copy_(0, slots, key_value.flatten(1))

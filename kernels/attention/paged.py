@@ -1,7 +1,7 @@
 """Causal attention of new tokens over a paged cache, in plain torch.
 
-`paged_attention` is the truth in its plainest form. `planned_attention` is what runs: what is the same
-for every layer of a step (which slots to read, what to mask) is worked out once by `plan_attention`.
+`paged_attention` is the truth in its plainest form. `planned_attention` is what runs: what is the
+same for every layer of a step (which slots to read, what to mask), `plan_attention` works out once.
 """
 
 from collections.abc import Sequence
@@ -26,15 +26,17 @@ def paged_attention(
     """Attend causally, request by request; softmax in float32.
 
     query [T, heads, head_dim]; caches [blocks, block_size, kv_heads, head_dim]; block_tables
-    [requests, width]. Request r owns the queries query_starts[r] to query_starts[r + 1], which are the
-    last of its context_lengths[r] tokens. Returns [T, heads, head_dim].
+    [requests, width]. Request r owns the queries query_starts[r] to query_starts[r + 1], which are
+    the last of its context_lengths[r] tokens. Returns [T, heads, head_dim].
     """
     output = torch.empty_like(query)
     group = query.shape[1] // key_cache.shape[2]
     for r, context in enumerate(context_lengths):
         rows = slice(query_starts[r], query_starts[r + 1])
         keys = key_cache[block_tables[r]].flatten(0, 1)[:context].repeat_interleave(group, dim=1)
-        values = value_cache[block_tables[r]].flatten(0, 1)[:context].repeat_interleave(group, dim=1)
+        values = (
+            value_cache[block_tables[r]].flatten(0, 1)[:context].repeat_interleave(group, dim=1)
+        )
         scores = torch.einsum("thd,chd->htc", query[rows].float(), keys.float()) * scale
         position = torch.arange(context, device=query.device)
         own = position[context - scores.shape[1] :]
@@ -51,7 +53,7 @@ class _Reads:
     rows: slice
     """Of the step's queries."""
     slots: Tensor
-    """[requests * context]; a request shorter than the others reads its first slot again, masked."""
+    """[requests * context]; a request that is shorter reads its first slot again, masked."""
     requests: int
     mask: Tensor | None
     """Added to the scores; None where nothing but plain causality masks."""
@@ -87,7 +89,13 @@ def plan_attention(
         )
     chunks = (
         _chunk_reads(
-            block_tables[r], context_lengths[r], query_starts[r], lengths[r], block_size, dtype, device
+            block_tables[r],
+            context_lengths[r],
+            query_starts[r],
+            lengths[r],
+            block_size,
+            dtype,
+            device,
         )
         for r in range(single, len(lengths))
     )
@@ -108,7 +116,9 @@ def _decode_reads(
     position = torch.arange(longest)
     context = torch.tensor(contexts)[:, None]
     beyond = position >= context
-    slots = _slots(torch.tensor(padded), position.expand_as(beyond).masked_fill(beyond, 0), block_size)
+    slots = _slots(
+        torch.tensor(padded), position.expand_as(beyond).masked_fill(beyond, 0), block_size
+    )
     mask = None
     if min(contexts) < longest:
         mask = torch.zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf)
@@ -157,16 +167,18 @@ def planned_attention(query: Tensor, cache: Tensor, plan: AttentionPlan, scale: 
 
 
 def _attend_decodes(query: Tensor, cache: Tensor, reads: _Reads, scale: float) -> Tensor:
-    """The queries that share a key head are its rows: far faster on a CPU than SDPA's enable_gqa."""
+    """Queries that share a key head are its rows: on a CPU far faster than SDPA's enable_gqa."""
     requests, heads, head_dim = query.shape
     keys, values = _read(cache, reads)
     grouped = query.view(requests, cache.shape[3], -1, head_dim)
-    output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=reads.mask, scale=scale)
+    output = F.scaled_dot_product_attention(
+        grouped, keys, values, attn_mask=reads.mask, scale=scale
+    )
     return output.reshape(requests, heads, head_dim)
 
 
 def _attend_chunk(query: Tensor, cache: Tensor, reads: _Reads, scale: float) -> Tensor:
-    """Key heads are the batch, and the queries' heads that share one are SDPA's heads: nothing is copied."""
+    """Key heads are SDPA's batch, and the query heads that share one its heads: no copies."""
     length, heads, head_dim = query.shape
     kv_heads = cache.shape[3]
     keys, values = (part.transpose(0, 1) for part in _read(cache, reads))

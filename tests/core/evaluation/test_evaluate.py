@@ -1,6 +1,7 @@
 """The door against transformers' own loss, its refusals and its gate."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def settings(text: str, **others: object) -> EvaluateSettings:
 def reference_nll(artifact: Artifact, text: str, context: int, stride: int) -> float:
     """Straight from the loss of transformers, one window at a time."""
     model = LlamaForCausalLM.from_pretrained(artifact.path, dtype=torch.float32).eval()
-    ids = torch.tensor(artifact.tokenizer()(open(text).read())["input_ids"])
+    ids = torch.tensor(artifact.tokenizer()(Path(text).read_text())["input_ids"])
     total, done, start = 0.0, 0, 0
     while done < len(ids) - 1:
         window = ids[start : start + context + 1]
@@ -103,24 +104,23 @@ def test_weights_that_are_not_finite_name_the_window(make_artifact, text_file: s
 
 
 def test_a_short_text_is_refused(make_artifact, text_file: str) -> None:
-    with pytest.raises(UsageError, match="100 tokens, fewer than one window of 128"):
+    with pytest.raises(UsageError, match="100 tokens: too few for a window of 128"):
         evaluate(make_artifact("model"), settings(text_file, context=128, tokens=100))
 
 
 def test_a_baseline_must_read_the_same_tokens(make_artifact, text_file: str) -> None:
     one = make_artifact("one")
-    with pytest.raises(UsageError, match="splits the text into other tokens"):
+    with pytest.raises(UsageError, match="split the text differently"):
         evaluate(one, settings(text_file), make_artifact("two", shift=1))
-    with pytest.raises(UsageError, match="vocabulary of 300 tokens, the model one of 256"):
+    with pytest.raises(UsageError, match="has 300 tokens in its vocabulary, the model 256"):
         evaluate(one, settings(text_file), make_artifact("three", vocabulary=300))
 
 
 def report_with(perplexity: float, baseline: float) -> EvaluateReport:
-    values = {
-        "provenance": {}, "text": "t", "text_sha256": "", "protocol": "", "windows": 1, "context": 4,
-        "stride": 4, "tokens": 4, "perplexity": perplexity, "nll": 1.0, "characters": 4,
-        "bits_per_character": 1.0, "tokens_per_s": 1.0, "dtype": "float32", "memory_bytes": 1,
-    }  # fmt: skip
+    quality = {"perplexity": perplexity, "nll": 1.0, "bits_per_character": 1.0}
+    counts = dict.fromkeys(("windows", "context", "stride", "tokens", "characters"), 4)
+    words = dict.fromkeys(("text", "text_sha256", "protocol", "dtype"), "")
+    values = quality | counts | words | {"provenance": {}, "tokens_per_s": 1.0, "memory_bytes": 1}
     model = {"name": "b", "path": "b", "architecture": "b", "parameters": 1, "bytes": 1}
     return EvaluateReport.model_validate(
         values | {"baseline": {"model": model, "perplexity": baseline, "nll": 1.0}}

@@ -24,7 +24,7 @@ def test_every_token_but_the_first_is_scored_once(context: int, stride: int, mor
         assert window.start <= window.first < window.stop
     assert plan[0].scored == context
     assert all(window.scored == stride for window in plan[1:-1])
-    # Wherever a window is full, a scored token sees at least context - stride tokens before its own.
+    # After the first window a scored token sees at least context - stride tokens before its own.
     assert all(w.first - w.start == context - stride for w in plan[1:])
 
 
@@ -36,13 +36,8 @@ def test_windows_by_hand() -> None:
 
 
 def test_a_short_text_is_refused_with_the_numbers() -> None:
-    with pytest.raises(UsageError, match="10 tokens, fewer than one window of 16"):
+    with pytest.raises(UsageError, match="10 tokens: too few for a window of 16"):
         windows(10, 16, 16)
-
-
-def test_a_stride_that_skips_tokens_is_refused() -> None:
-    with pytest.raises(UsageError, match="stride 5 is longer than the context of 4"):
-        windows(100, 4, 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,211 @@
+"""Unfinished work beside its output, so that an interrupted run continues at its last finished block.
+
+The folder `.NAME.infopt-partial` holds each finished block's tensors and report rows, the hidden
+states that go into the next block, and CURRENT: how many blocks are finished, with the SHA-256 of
+every file that counts. CURRENT is replaced atomically and last, so a kill at any moment leaves the
+state before a block or after it.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load, save
+from torch import Tensor
+
+from infopt.core.errors import ResumeError, UsageError
+from infopt.core.files import disk_faults, sha256, write_atomically
+from infopt.core.reports.quantize import LayerError
+
+_CURRENT = "CURRENT"
+_IDENTITY = "identity.json"
+_LOCK = "lock"
+
+
+class Checkpoint:
+    """The finished blocks of one quantization."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.finished = 0
+        self._digests: dict[str, str] = {}
+        self._files: dict[str, Path] = {}
+        self.rows: list[LayerError] = []
+
+    def commit(
+        self, tensors: Mapping[str, Tensor], rows: Sequence[LayerError], hidden: Sequence[Tensor]
+    ) -> None:
+        """Make one more finished block durable; `hidden` are the inputs of the next."""
+        old = [name for name in self._digests if name.startswith("hidden-")]
+        kept = {name: digest for name, digest in self._digests.items() if name not in old}
+        content = {_block_file(self.finished): save(dict(tensors))}
+        rows_json = json.dumps([row.model_dump(mode="json") for row in rows])
+        content[_rows_file(self.finished)] = rows_json.encode()
+        for name, data in content.items():
+            kept[name] = self._write(name, data)
+        for index, part in enumerate(hidden):
+            name = _hidden_file(self.finished + 1, index)
+            kept[name] = self._write(name, save({"hidden": part.contiguous()}))
+        state = {"finished": self.finished + 1, "files": kept}
+        write_atomically(self.folder / _CURRENT, json.dumps(state))
+        self._files.update(dict.fromkeys(tensors, self.folder / _block_file(self.finished)))
+        self.rows.extend(rows)
+        self._digests, self.finished = kept, self.finished + 1
+        for name in old:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of a finished block."""
+        with safe_open(self._files[name], framework="pt") as stream:
+            found: Tensor = stream.get_tensor(name)
+            return found
+
+    def hidden(self) -> list[Tensor]:
+        """The inputs of the block after the last finished one, one tensor a batch."""
+        names = sorted(name for name in self._digests if name.startswith("hidden-"))
+        return [load((self.folder / name).read_bytes())["hidden"] for name in names]
+
+    def read(self) -> None:
+        """Take up what is there; raises ResumeError if a file is missing or changed."""
+        try:
+            state = json.loads((self.folder / _CURRENT).read_text())
+            for name, digest in state["files"].items():
+                if sha256(self.folder / name) != digest:
+                    raise _damaged(self.folder / name)
+            for index in range(state["finished"]):
+                rows = json.loads((self.folder / _rows_file(index)).read_text())
+                self.rows.extend(LayerError.model_validate(row) for row in rows)
+                with safe_open(self.folder / _block_file(index), framework="pt") as stream:
+                    names = list(stream.keys())
+                self._files.update(dict.fromkeys(names, self.folder / _block_file(index)))
+            self.finished, self._digests = state["finished"], state["files"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(self.folder) from error
+
+    def staging(self) -> Path:
+        """Where the artifact is built; what an earlier try left there is removed."""
+        for path in self.folder.glob("*artifact*"):
+            shutil.rmtree(path)
+        return self.folder / "artifact"
+
+    def clear(self) -> None:
+        """Remove everything but the lock."""
+        for path in self.folder.iterdir():
+            if path.name == _LOCK:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def discard(self) -> None:
+        """The work is done, or cannot be: remove the folder."""
+        shutil.rmtree(self.folder)
+
+    def _write(self, name: str, data: bytes) -> str:
+        write_atomically(self.folder / name, data)
+        return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def open_checkpoint(
+    output: Path, identity: Mapping[str, str], *, resume: bool, replace: bool
+) -> Iterator[Checkpoint]:
+    """The work towards `output`, new or taken up, held against other processes.
+
+    Raises ResumeError where unfinished work is there and `resume` is not asked for (`replace`
+    discards it), or where it was begun with another identity; UsageError if a process holds it.
+    """
+    folder = output.parent / f".{output.name}.infopt-partial"
+    with _held(folder):
+        checkpoint = Checkpoint(folder)
+        if (folder / _CURRENT).exists() and resume:
+            _require_same(folder, identity)
+            checkpoint.read()
+        elif (folder / _CURRENT).exists() and not replace:
+            raise ResumeError(
+                f"{folder} holds unfinished work towards {output}",
+                "--resume continues it, --yes discards it",
+            )
+        else:
+            checkpoint.clear()
+            write_atomically(folder / _IDENTITY, json.dumps(dict(identity), indent=1))
+        try:
+            yield checkpoint
+        finally:
+            if not (folder / _CURRENT).exists():
+                # No block was finished: there is nothing to come back to.
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; it falls with the process, however that ends."""
+    while True:
+        with disk_faults(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            stream = (folder / _LOCK).open("w")
+        with stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"another infopt is at work on {folder}",
+                    "wait for it, or choose another --output",
+                ) from None
+            if not _still_named(folder / _LOCK, stream.fileno()):
+                continue  # the one before us removed the folder as we opened it
+            yield
+            return
+
+
+def _still_named(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _require_same(folder: Path, identity: Mapping[str, str]) -> None:
+    try:
+        begun: dict[str, Any] = json.loads((folder / _IDENTITY).read_text())
+    except (OSError, ValueError) as error:
+        raise _damaged(folder / _IDENTITY) from error
+    for key in [*identity, *begun]:
+        if identity.get(key) != begun.get(key):
+            raise ResumeError(
+                f"the unfinished work in {folder} was begun with another {key}: "
+                f"{_short(begun.get(key))}, now {_short(identity.get(key))}",
+                "repeat the request as it was, or discard the work with --yes and without --resume",
+            )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:12]}…"
+
+
+def _damaged(path: Path) -> ResumeError:
+    return ResumeError(
+        f"the unfinished work cannot be continued: {path} is missing or damaged",
+        "--yes without --resume discards it and begins anew",
+    )
+
+
+def _block_file(index: int) -> str:
+    return f"block-{index:04d}.safetensors"
+
+
+def _rows_file(index: int) -> str:
+    return f"block-{index:04d}.json"
+
+
+def _hidden_file(position: int, batch: int) -> str:
+    return f"hidden-{position:04d}-{batch:05d}.safetensors"

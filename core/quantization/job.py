@@ -1,0 +1,71 @@
+"""What a quantization will do, resolved from its settings before any weight is read."""
+
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+
+from infopt.core.artifact.read import Artifact
+from infopt.core.compression.targets import (
+    Target,
+    TargetBlock,
+    choose_group_size,
+    find_targets,
+    require_multiple,
+)
+from infopt.core.errors import UnsupportedError
+from infopt.core.formats.gptq import MULTIPLE
+from infopt.core.formats.number import IntegerFormat
+from infopt.core.hardware.choose import choose_device, choose_dtype
+from infopt.core.models.hf import resolve, skeleton
+from infopt.core.recipe.quantize import QuantizeSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """An artifact, its settings and what follows from both."""
+
+    artifact: Artifact
+    settings: QuantizeSettings
+    blocks: tuple[TargetBlock, ...]
+    stored: dict[str, str]
+    """The artifact's name of each target's weight, to the target's name in the model."""
+    number_format: IntegerFormat
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return tuple(target for block in self.blocks for target in block.targets)
+
+    def identity(self, token_hash: str) -> dict[str, str]:
+        """What must be equal for unfinished work to be continued; equal work has equal results."""
+        settings = self.settings.model_dump(mode="json", exclude={"calibration"})
+        return {
+            "model": self.artifact.fingerprint(),
+            "calibration tokens": token_hash,
+            "infopt version": version("infopt"),
+            "torch version": torch.__version__,
+            "device": self.device.type,
+            "compute dtype": str(self.dtype),
+            **{f"setting {key}": json.dumps(value) for key, value in settings.items()},
+        }
+
+
+def resolve_job(artifact: Artifact, settings: QuantizeSettings) -> Job:
+    """Choose targets, groups, device and dtype; raises UsageError or UnsupportedError as they do."""
+    if artifact.quantization is not None:
+        raise UnsupportedError(
+            f"{artifact.name} is quantized already", "give the model it was made from"
+        )
+    device = choose_device(settings.device)
+    dtype = getattr(torch, choose_dtype(settings.dtype, device))
+    model = skeleton(artifact)
+    blocks = find_targets(model, settings.ignore)
+    targets = [target for block in blocks for target in block.targets]
+    group_size = choose_group_size(settings.group_size, targets)
+    require_multiple(targets, MULTIPLE, "the gptq format")
+    number_format = IntegerFormat(settings.bits, settings.symmetric, group_size)
+    stored = {resolve(model, artifact, f"{t.name}.weight")[0]: t.name for t in targets}
+    return Job(artifact, settings, blocks, stored, number_format, dtype, torch.device(device))

@@ -1,0 +1,216 @@
+"""Pieces of text in the shapes of OpenAI's answers: whole, or as the chunks of a stream."""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from infopt.core.runtime.request import TokenLogprob
+from infopt.core.server.protocol import StreamOptions
+from infopt.core.server.stream import Piece
+
+Json = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Usage:
+    """Tokens in and out, over all choices of a request."""
+
+    prompt: int
+    completion: int = 0
+
+    def map(self) -> Json:
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+        }
+
+
+class Shape(Protocol):
+    """One kind of answer; it may keep what it has told of each choice so far."""
+
+    def head(self, *, streamed: bool) -> Json: ...
+
+    def deltas(self, piece: Piece) -> list[Json]:
+        """The choices of the chunks that tell this piece, a chunk each."""
+        ...
+
+    def choice(self, index: int, pieces: Sequence[Piece]) -> Json:
+        """A whole choice."""
+        ...
+
+
+@dataclass(slots=True)
+class CompletionShape:
+    """/v1/completions; `echoes` are the prompts' texts where they are to precede the answers."""
+
+    model: str
+    tokenizer: Any
+    logprobs: bool
+    echoes: Sequence[str] | None = None
+    _head: Json = field(init=False)
+    _offsets: dict[int, int] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._head = _head("cmpl", self.model)
+
+    def head(self, *, streamed: bool) -> Json:
+        return {**self._head, "object": "text_completion"}
+
+    def deltas(self, piece: Piece) -> list[Json]:
+        echo = ""
+        if piece.index not in self._offsets:
+            echo = self.echoes[piece.index] if self.echoes else ""
+            self._offsets[piece.index] = len(echo)
+        return [
+            {
+                "index": piece.index,
+                "text": echo + piece.text,
+                "logprobs": self._logprobs(piece.index, piece.logprobs),
+                "finish_reason": piece.finish_reason,
+            }
+        ]
+
+    def choice(self, index: int, pieces: Sequence[Piece]) -> Json:
+        (whole,) = self.deltas(_joined(index, pieces))
+        return whole
+
+    def _logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> Json | None:
+        if not self.logprobs:
+            return None
+        tokens = [_token_text(self.tokenizer, entry.token_id) for entry in entries]
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [entry.logprob for entry in entries],
+            "top_logprobs": [self._top(entry) for entry in entries],
+            "text_offset": offsets,
+        }
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        """By text; of tokens with the same text the most likely. The chosen one is always there."""
+        found: dict[str, float] = {}
+        for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
+            found.setdefault(_token_text(self.tokenizer, token_id), logprob)
+        return found
+
+
+@dataclass(slots=True)
+class ChatShape:
+    """/v1/chat/completions."""
+
+    model: str
+    tokenizer: Any
+    logprobs: bool
+    _head: Json = field(init=False)
+    _begun: set[int] = field(init=False, default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._head = _head("chatcmpl", self.model)
+
+    def head(self, *, streamed: bool) -> Json:
+        return {**self._head, "object": "chat.completion.chunk" if streamed else "chat.completion"}
+
+    def deltas(self, piece: Piece) -> list[Json]:
+        """The role first; it waits for the first token, so that no client takes it for one."""
+        told: list[Json] = []
+        if piece.index not in self._begun:
+            self._begun.add(piece.index)
+            told.append(self._delta(piece.index, {"role": "assistant", "content": ""}))
+        if piece.text or piece.logprobs:
+            logprobs = self._logprobs(piece.logprobs)
+            told.append(self._delta(piece.index, {"content": piece.text}, logprobs=logprobs))
+        if piece.finish_reason is not None:
+            told.append(self._delta(piece.index, {}, reason=piece.finish_reason))
+        return told
+
+    def choice(self, index: int, pieces: Sequence[Piece]) -> Json:
+        whole = _joined(index, pieces)
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": whole.text, "refusal": None},
+            "logprobs": self._logprobs(whole.logprobs),
+            "finish_reason": whole.finish_reason,
+        }
+
+    def _delta(
+        self, index: int, delta: Json, *, logprobs: Json | None = None, reason: str | None = None
+    ) -> Json:
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, entries: Sequence[TokenLogprob]) -> Json | None:
+        if not self.logprobs:
+            return None
+        return {
+            "content": [
+                {
+                    **self._token(entry.token_id, entry.logprob),
+                    "top_logprobs": [self._token(*top) for top in entry.top],
+                }
+                for entry in entries
+            ],
+            "refusal": None,
+        }
+
+    def _token(self, token_id: int, logprob: float) -> Json:
+        text = _token_text(self.tokenizer, token_id)
+        # A token that is a part of a character has no text of its own to take bytes from.
+        whole = "\N{REPLACEMENT CHARACTER}" not in text
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
+
+
+async def chunks(
+    answer: AsyncGenerator[Piece, None], shape: Shape, usage: Usage, options: StreamOptions
+) -> AsyncGenerator[Json, None]:
+    """The chunks of a stream; with `include_usage` the last one has the usage and no choices."""
+    head = shape.head(streamed=True)
+    async with aclosing(answer):
+        async for piece in answer:
+            usage.completion += piece.tokens
+            for choice in shape.deltas(piece):
+                chunk = {**head, "choices": [choice]}
+                if options.continuous_usage_stats:
+                    chunk["usage"] = usage.map()
+                elif options.include_usage:
+                    chunk["usage"] = None
+                yield chunk
+    if options.include_usage:
+        yield {**head, "choices": [], "usage": usage.map()}
+
+
+async def whole(
+    answer: AsyncGenerator[Piece, None], shape: Shape, usage: Usage, count: int
+) -> Json:
+    """The answer in one, with its `count` choices in order."""
+    found: list[list[Piece]] = [[] for _ in range(count)]
+    async with aclosing(answer):
+        async for piece in answer:
+            usage.completion += piece.tokens
+            found[piece.index].append(piece)
+    choices = [shape.choice(index, pieces) for index, pieces in enumerate(found)]
+    return {**shape.head(streamed=False), "choices": choices, "usage": usage.map()}
+
+
+def _head(prefix: str, model: str) -> Json:
+    return {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+
+def _joined(index: int, pieces: Sequence[Piece]) -> Piece:
+    return Piece(
+        index,
+        "".join(piece.text for piece in pieces),
+        sum(piece.tokens for piece in pieces),
+        tuple(entry for piece in pieces for entry in piece.logprobs),
+        pieces[-1].finish_reason,
+    )
+
+
+def _token_text(tokenizer: Any, token_id: int) -> str:
+    text: str = tokenizer.decode([token_id], skip_special_tokens=False)
+    return text

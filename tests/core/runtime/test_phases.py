@@ -1,0 +1,72 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from infopt.core.artifact.read import Artifact
+from infopt.core.models.decoder import StepInputs
+from infopt.core.recipe.serve import EngineSettings
+from infopt.core.runtime import model_runner
+from infopt.core.runtime.phases import PhaseRunner
+
+
+@pytest.fixture
+def phases(tiny_reference: tuple[Artifact, Any]) -> PhaseRunner:
+    return PhaseRunner(
+        tiny_reference[0], EngineSettings(dtype="float32", device="cpu", block_size=4)
+    )
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[StepInputs, Tensor]]:
+    """The inputs and logits of every step."""
+    steps: list[tuple[StepInputs, Tensor]] = []
+    run = model_runner.ModelRunner.run
+
+    def spy(
+        self: model_runner.ModelRunner, inputs: StepInputs, rows: Tensor | None = None
+    ) -> Tensor:
+        logits = run(self, inputs, rows)
+        steps.append((inputs, logits))
+        return logits
+
+    monkeypatch.setattr(model_runner.ModelRunner, "run", spy)
+    return steps
+
+
+def test_prefill_computes_every_token_and_the_logits_of_the_last(
+    phases: PhaseRunner, seen: list[tuple[StepInputs, Tensor]]
+) -> None:
+    phases.prefill(3, 10)
+    phases.prefill(2, 1)
+    (first, logits), (second, single) = seen
+    assert first.token_ids.shape == (30,) and logits.shape == (3, 97)
+    assert first.positions.tolist() == list(range(10)) * 3
+    assert len(set(first.slots.tolist())) == 30
+    assert second.token_ids.shape == (2,) and single.shape == (2, 97)
+
+
+def test_a_decode_step_reads_the_whole_context(
+    phases: PhaseRunner, seen: list[tuple[StepInputs, Tensor]]
+) -> None:
+    phases.prepare_decode(2, 17)
+    for _ in range(3):
+        phases.decode_step()
+    for inputs, logits in seen:
+        assert inputs.positions.tolist() == [16, 16]
+        reads = inputs.plan.decodes
+        assert reads is not None and len(set(reads.slots.tolist())) == 2 * 17
+        assert logits.shape == (2, 97) and bool(torch.isfinite(logits).all())
+
+
+def test_bytes_and_dtype(phases: PhaseRunner, tiny_reference: tuple[Artifact, Any]) -> None:
+    stored = sum(parameter.nbytes for parameter in tiny_reference[1].parameters())
+    assert phases.resident_bytes == stored
+    assert phases.weight_bytes == stored - 97 * 32 * 4
+    assert phases.dtype == "float32"
+
+
+def test_decode_needs_a_cache(phases: PhaseRunner) -> None:
+    with pytest.raises(AssertionError):
+        phases.decode_step()

@@ -1,0 +1,33 @@
+from typing import Any
+
+import pytest
+
+from infopt.core.errors import UsageError
+from infopt.core.runtime.request import SamplingParams
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_tokens": 0},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"seed": -1},
+        {"logprobs": -1},
+        {"logprobs": 21},
+        {"stop": ("",)},
+        {"stop": "word"},
+    ],
+    ids=str,
+)
+def test_a_value_out_of_range_is_named(values: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(values))):
+        SamplingParams(**values)
+
+
+def test_an_unknown_parameter_is_never_ignored() -> None:
+    with pytest.raises(TypeError):
+        SamplingParams(min_p=0.1)  # type: ignore[call-arg]

@@ -1,0 +1,113 @@
+import math
+
+import pytest
+import torch
+
+from infopt.core.runtime.request import SamplingParams
+from infopt.core.runtime.sampler import Choice, sample
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def draws(logits: torch.Tensor, count: int, **params: float) -> torch.Tensor:
+    """Relative frequencies of the tokens in `count` draws."""
+    chosen = SamplingParams(**params)  # type: ignore[arg-type]
+    generator = seeded(0)
+    tokens = [sample(logits[None], [chosen], [generator])[0].token_id for _ in range(count)]
+    assert None not in tokens
+    return torch.bincount(torch.tensor(tokens), minlength=len(logits)) / count
+
+
+def truth(
+    logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> torch.Tensor:
+    """The distribution by a full sort."""
+    scaled = logits.double() / temperature
+    order = scaled.argsort(descending=True)
+    keep = order[: top_k or len(order)]
+    probabilities = scaled[keep].softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    kept = torch.where(before < top_p, probabilities, 0)
+    return torch.zeros(len(logits), dtype=torch.float64).scatter(0, keep, kept / kept.sum())
+
+
+def test_greedy_is_the_exact_argmax_and_the_first_of_equals() -> None:
+    logits = torch.tensor([[0.0, 3.0, 3.0], [5.0, 1.0, 2.0]])
+    greedy = SamplingParams(temperature=0)
+    assert sample(logits, [greedy] * 2, [seeded(0)] * 2) == [Choice(1), Choice(0)]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 2.0, "top_k": 3},
+        {"top_p": 0.6},
+        {"top_k": 5, "top_p": 0.5},
+        {"temperature": 1.5, "top_k": 100, "top_p": 0.9},
+    ],
+    ids=str,
+)
+def test_draws_follow_the_distribution(params: dict[str, float]) -> None:
+    logits = torch.randn(12, generator=seeded(1)) * 2
+    wanted = truth(logits, **params)  # type: ignore[arg-type]
+    found = draws(logits, 4000, **params)
+    assert ((found > 0) <= (wanted > 0)).all(), "never a token that was cut off"
+    assert float((found - wanted).abs().max()) < 4 * math.sqrt(0.25 / 4000)
+
+
+def test_a_nucleus_wider_than_the_window_is_found() -> None:
+    """A flat distribution over more tokens than the sampler's first window."""
+    logits = torch.zeros(5000)
+    logits[4000:] = -30.0
+    generator = seeded(0)
+    params = SamplingParams(top_p=0.9999)
+    tokens = {sample(logits[None], [params], [generator])[0].token_id for _ in range(3000)}
+    assert len(tokens) > 1900
+    assert max(token for token in tokens if token is not None) < 4000
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 1.0])
+def test_a_tiny_temperature_is_greedy(top_p: float) -> None:
+    logits = torch.tensor([[0.0, 1.0, 0.999]])
+    params = SamplingParams(temperature=1e-300, top_p=top_p)
+    assert sample(logits, [params], [seeded(3)]) == [Choice(1)]
+
+
+def test_a_seed_draws_the_same_whatever_is_beside_it() -> None:
+    logits = torch.randn(3, 50, generator=seeded(2))
+    params = [SamplingParams(temperature=t, top_k=k) for t, k in ((0.9, 0), (1.5, 7), (0.0, 0))]
+    together = sample(logits, params, [seeded(s) for s in range(3)])
+    for row in range(3):
+        alone = sample(logits[row : row + 1], [params[row]], [seeded(row)])
+        assert alone == [together[row]]
+
+
+def test_logprobs_are_of_the_model_not_of_the_draw() -> None:
+    logits = torch.randn(1, 20, generator=seeded(4))
+    params = SamplingParams(temperature=0.3, top_k=2, logprobs=3)
+    choice = sample(logits, [params], [seeded(0)])[0]
+    wanted = logits[0].log_softmax(-1)
+    assert choice.logprob is not None and choice.token_id is not None
+    assert choice.logprob.logprob == pytest.approx(float(wanted[choice.token_id]))
+    values, tokens = wanted.topk(3)
+    assert [token for token, _ in choice.logprob.top] == tokens.tolist()
+    assert [value for _, value in choice.logprob.top] == pytest.approx(values.tolist())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_spoil_their_own_row_only(bad: float) -> None:
+    logits = torch.randn(3, 40, generator=seeded(5))
+    logits[1, 17] = bad
+    params = [SamplingParams(temperature=t) for t in (0.0, 0.0, 1.0)]
+    choices = sample(logits, params, [seeded(0)] * 3)
+    assert choices[1] == Choice(None)
+    assert choices[0].token_id == int(logits[0].argmax())
+    assert choices[2].token_id is not None
+
+
+def test_no_rows() -> None:
+    assert sample(torch.empty(0, 9), [], []) == []

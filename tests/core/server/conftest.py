@@ -1,0 +1,133 @@
+"""A real server with a tiny model, started once for all who leave it well."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+# What `infopt serve` does, with the progress as lines.
+LAUNCH = """
+import sys
+from pathlib import Path
+from infopt.core.artifact.read import read_artifact
+from infopt.core.errors import InfoptError
+from infopt.core.recipe.serve import ServeSettings
+from infopt.core.server.serve import serve
+
+settings = ServeSettings.model_validate_json(sys.argv[2])
+try:
+    serve(read_artifact(Path(sys.argv[1])), settings, lambda p: print(p.stage, p.note, flush=True))
+except InfoptError as error:
+    print("FAILED", type(error).__name__, error, flush=True)
+"""
+
+
+class Server:
+    """A server process; `lines` is what it said up to now."""
+
+    def __init__(self, model: Path, **settings: Any) -> None:
+        values = {"port": 0, "kv_blocks": 64, "model_name": "tiny", "dtype": "float32", **settings}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, str(model), json.dumps(values)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+        self.lines: list[str] = []
+
+    def line(self, beginning: str) -> str:
+        """Read on until a line that begins so."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.strip())
+            if line.startswith(beginning):
+                return line.strip()
+        raise AssertionError(f"the server ended without {beginning!r}: {self.lines}")
+
+    def ready(self) -> "Server":
+        self.url = self.line("serving").split()[-1]
+        return self
+
+    @property
+    def engine(self) -> psutil.Process:
+        (child,) = psutil.Process(self.process.pid).children()
+        return child
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="-", max_retries=0, timeout=60)
+
+    def health(self) -> httpx.Response:
+        return httpx.get(f"{self.url}/health", timeout=20)
+
+    def await_idle(self, seconds: float = 10) -> dict[str, int]:
+        """The engine's counts once nothing runs; fails if blocks stay in use."""
+        deadline = time.monotonic() + seconds
+        while True:
+            stats: dict[str, int] = self.health().json()["engine"]
+            if stats["running"] == stats["waiting"] == stats["blocks_used"] == 0:
+                return stats
+            assert time.monotonic() < deadline, f"still busy: {stats}"
+            time.sleep(0.02)
+
+    def await_running(self, count: int = 1) -> None:
+        deadline = time.monotonic() + 10
+        while self.health().json()["engine"]["running"] < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """End it, with all that it started; the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        finally:
+            assert self.process.stdout is not None
+            self.lines += self.process.stdout.read().split("\n")
+            self.process.stdout.close()
+        return self.process.returncode
+
+
+@pytest.fixture(scope="session")
+def launch(tiny_model: Path) -> Iterator[Callable[..., Server]]:
+    """Start servers of the tiny model; those still running in the end are stopped."""
+    started: list[Server] = []
+
+    def start(**settings: Any) -> Server:
+        started.append(Server(tiny_model, **settings))
+        return started[-1]
+
+    yield start
+    for server in started:
+        if server.process.poll() is None:
+            server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(launch: Callable[..., Server]) -> Iterator[Server]:
+    """One for all that leave it as it was; Ctrl-C ends it."""
+    running = launch().ready()
+    yield running
+    assert running.stop(signal.SIGINT) == 0
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    """max_retries=0: a failure is a failure."""
+    with server.client() as client:
+        yield client
+    server.await_idle()

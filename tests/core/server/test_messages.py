@@ -1,0 +1,62 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infopt.core.errors import EngineError, InfoptError, ResourceError, UsageError
+from infopt.core.runtime.request import SamplingParams, StepOutput, TokenLogprob
+from infopt.core.server import messages
+
+ids = st.lists(st.integers(0, 2**31)).map(tuple)
+logprob = st.floats(allow_nan=False, max_value=0)
+entries = st.builds(
+    TokenLogprob,
+    st.integers(0, 2**31),
+    logprob,
+    st.lists(st.tuples(st.integers(0, 2**31), logprob)).map(tuple),
+)
+
+
+@given(
+    st.builds(
+        SamplingParams,
+        max_tokens=st.none() | st.integers(1, 10**6),
+        temperature=st.floats(0, 2),
+        top_p=st.floats(0.01, 1),
+        seed=st.none() | st.integers(0, 2**63 - 1),
+        stop=st.lists(st.text(min_size=1)).map(tuple),
+        stop_token_ids=ids,
+        ignore_eos=st.booleans(),
+        logprobs=st.none() | st.integers(0, 20),
+    )
+)
+def test_params_travel_unchanged(params: SamplingParams) -> None:
+    message = messages.unpack(messages.pack("add", params=messages.params_to_map(params)))
+    assert messages.params_from_map(message["params"]) == params
+
+
+@given(
+    st.builds(
+        StepOutput,
+        request_id=st.text(),
+        token_ids=ids,
+        finish_reason=st.sampled_from([None, "stop", "length", "abort", "error"]),
+        error=st.none() | st.text(),
+        logprobs=st.none() | st.lists(entries).map(tuple),
+    )
+)
+def test_outputs_travel_unchanged(output: StepOutput) -> None:
+    message = messages.unpack(messages.pack("outputs", outputs=[messages.output_to_map(output)]))
+    assert messages.output_from_map(message["outputs"][0]) == output
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (UsageError("too long", "shorten it"), UsageError, "too long (shorten it)"),
+        (ResourceError("no memory"), ResourceError, "no memory"),
+        (ValueError("bad"), EngineError, "ValueError: bad"),
+    ],
+)
+def test_errors_keep_their_kind(error: Exception, kind: type[InfoptError], text: str) -> None:
+    told = messages.error_from_map(messages.unpack(messages.failed(error)))
+    assert type(told) is kind and str(told) == text

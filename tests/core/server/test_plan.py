@@ -1,0 +1,26 @@
+from pathlib import Path
+
+import pytest
+
+from infopt.core.artifact.read import read_artifact
+from infopt.core.recipe.serve import EngineSettings, ServeSettings
+from infopt.core.server.plan import plan_serve
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_what_it_takes(tiny_model: Path, dtype: str, size: int) -> None:
+    artifact = read_artifact(tiny_model)
+    settings = ServeSettings(dtype=dtype, kv_blocks=10, block_size=8, model_name="m", port=81)
+    plan = plan_serve(artifact, settings)
+    weights = artifact.summary().parameters * size
+    cache = 10 * 8 * 2 * 2 * 2 * 16 * size  # blocks, slots, layers, k and v, heads, head size
+    twice = plan_serve(artifact, settings.model_copy(update={"kv_blocks": 20}))
+    assert twice.memory_bytes - plan.memory_bytes == cache
+    assert plan.memory_bytes > weights + cache
+    assert dtype in plan.actions[0] and "10 blocks of 8" in plan.actions[1]
+    assert "'m' on 127.0.0.1:81" in plan.actions[2]
+
+
+def test_an_engine_alone_is_not_served(tiny_model: Path) -> None:
+    plan = plan_serve(read_artifact(tiny_model), EngineSettings(max_running=2, max_model_len=64))
+    assert len(plan.actions) == 2 and "8 blocks of 16" in plan.actions[1]
