@@ -51,8 +51,10 @@ class Screen:
         self._progress.close()
 
     def progress(self, progress: Progress) -> None:
-        """The callback that core is handed."""
-        if not self.quiet:
+        """The callback that core is handed; a stage named 'warning' is one."""
+        if progress.stage == "warning":
+            self.warn(progress.note)
+        elif not self.quiet:
             self._progress.show(progress)
 
     def summary(self, content: "RenderableType") -> None:

@@ -7,7 +7,7 @@
     │   └── UnsafeArtifactError ... it holds a pickle or wants to run its own code
     ├── UnsupportedError        a model, format or option that infopt does not know (yet)
     ├── MissingExtraError       a package of an optional extra is not installed
-    ├── NumericsError           a weight or activation that is not finite, a matrix that cannot be solved
+    ├── NumericsError           a weight or activation is not finite, a matrix cannot be solved
     ├── ResourceError           the disk, the memory or a port does not suffice
     ├── ResumeError             unfinished work that does not fit the request
     ├── GateError               a threshold that the user set was passed

@@ -1,4 +1,4 @@
-"""Writing so that a crash, a full disk or a kill leaves the old state or the new one, never half."""
+"""Writing so that a crash, a full disk or a kill leaves the old state or the new, never half."""
 
 import errno
 import fcntl
@@ -22,7 +22,7 @@ _CHUNK = 1 << 20
 
 @contextmanager
 def disk_faults(path: Path) -> Iterator[None]:
-    """Turn a full disk, a read-only folder or a refused permission into one clear line about `path`."""
+    """Turn a full disk, a read-only folder or a refused permission into one line about `path`."""
     try:
         yield
     except OSError as error:
@@ -85,17 +85,8 @@ def locked(file: Path) -> Iterator[None]:
         yield
 
 
-def fsync_directory(path: Path) -> None:
-    """Make a rename inside `path` durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def fsync_file(path: Path) -> None:
-    """Make the bytes of `path` durable."""
+def fsync(path: Path) -> None:
+    """Make a file's bytes, or the renames inside a directory, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -114,17 +105,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
-        fsync_directory(path.parent)
+        fsync(path.parent)
 
 
 @contextmanager
 def directory_atomically(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling of `path`; on success it takes the place of `path`, else it is removed.
+    """Yield a temporary sibling of `path` that takes its place on success, and is removed else.
 
     With `replace` an existing `path` is moved aside first and removed after, so that a crash
     between the two renames leaves both beside each other, and loses nothing. See `check_output`
@@ -139,26 +130,26 @@ def directory_atomically(path: Path, *, replace: bool = False) -> Iterator[Path]
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
-                    fsync_file(file)
-            os.chmod(temporary, 0o755)
+                    fsync(file)
+            temporary.chmod(0o755)
             _swap_in(temporary, path, replace)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        fsync_directory(path.parent)
+        fsync(path.parent)
 
 
 def _swap_in(temporary: Path, path: Path, replace: bool) -> None:
-    fsync_directory(temporary)
+    fsync(temporary)
     old: Path | None = None
     if path.exists() and replace:
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        os.rename(path, old)
+        path.rename(old)
     try:
-        os.rename(temporary, path)
+        temporary.rename(path)
     except BaseException:
         if old is not None:
-            os.rename(old, path)
+            old.rename(path)
         raise
     if old is not None:
         shutil.rmtree(old)

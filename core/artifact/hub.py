@@ -1,6 +1,7 @@
 """Models of the Hugging Face hub, through its own client and cache."""
 
 from pathlib import Path
+from typing import Any
 
 from infopt.core.errors import ArtifactError, ResourceError, UsageError
 from infopt.core.files import disk_faults
@@ -19,7 +20,7 @@ def download(repository: str, progress: ProgressCallback) -> Path:
     (HF_HUB_OFFLINE forbids to try) and nothing is cached.
     """
     import httpx
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -30,12 +31,15 @@ def download(repository: str, progress: ProgressCallback) -> Path:
 
     progress(Progress("download", note=repository))
     try:
+        # snapshot_download waits without end for a hub that is silent, so it is asked first here.
+        reached = _reached(HfApi(), repository)
         with disk_faults(Path(constants.HF_HUB_CACHE)):
             folder = snapshot_download(
                 repository,
                 allow_patterns=_WANTED,
                 ignore_patterns=_UNWANTED,
                 etag_timeout=_TIMEOUT_S,
+                local_files_only=not reached,
             )
         return Path(folder)
     except GatedRepoError as error:
@@ -49,6 +53,20 @@ def download(repository: str, progress: ProgressCallback) -> Path:
             f"there is no directory {repository}, and the hub cannot be reached to look there",
             "give a directory or a .gguf file, or try again with a network",
         ) from error
+
+
+def _reached(hub: Any, repository: str) -> bool:
+    """Whether the hub answers for the repository; a refusal by name passes through."""
+    import httpx
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        hub.model_info(repository, timeout=_TIMEOUT_S)
+    except (RepositoryNotFoundError, HFValidationError):
+        raise
+    except (httpx.HTTPError, OSError):
+        return False
+    return True
 
 
 def cached_snapshot(repository: str) -> Path | None:

@@ -3,7 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from time import perf_counter
 
 from infopt.core.bench.client import Chunk, Client, Request
@@ -51,7 +51,12 @@ def bench(
 async def _bench(
     client: Client, settings: BenchSettings, target: str, progress: ProgressCallback
 ) -> BenchReport:
-    async with client:
+    async with AsyncExitStack() as stack:
+        try:
+            async with asyncio.timeout(settings.timeout):
+                await stack.enter_async_context(client)
+        except TimeoutError:
+            raise EngineError(f"{target} gave no answer within {settings.timeout:g} s") from None
         asked = settings.prompt_tokens + settings.output_tokens
         if client.max_model_len is not None and asked > client.max_model_len:
             raise UsageError(

@@ -32,7 +32,7 @@ def evaluate(
     """Score the text's tokens with the model and, where given, the baseline; `made` stays None.
 
     Both models are in memory together, so that the KL divergence needs no stored logits; a
-    baseline that is the model itself is loaded once. Should a model draw, the seed is the settings'.
+    baseline that is the model itself is loaded once. Should a model draw, it draws by the seed.
     Raises UsageError (settings, text or baseline do not fit), NumericsError (logits not finite).
     """
     check_settings(artifact, settings, baseline=baseline is not None)
@@ -164,7 +164,8 @@ def _report(
 def _provenance(against: dict[str, Any]) -> dict[str, Origin]:
     """Counts and timings are measured; what follows from the request or from files is computed."""
     computed = ("model", "windows", "context", "stride", "baseline.model")
-    measured = ("tokens", "perplexity", "nll", "characters", "bits_per_character")
-    measured += ("tokens_per_s", "memory_bytes", *against)
-    found: dict[str, Origin] = dict.fromkeys(measured, "measured")
+    counted = ("tokens", "perplexity", "nll", "characters", "bits_per_character")
+    found: dict[str, Origin] = dict.fromkeys(
+        (*counted, "tokens_per_s", "memory_bytes", *against), "measured"
+    )
     return found | dict.fromkeys(computed if against else computed[:-1], "computed")

@@ -28,4 +28,9 @@ def fused(parts: Sequence[Linear]) -> Linear:
     """Projections of the same input as one, their outputs side by side (QKV; gate and up)."""
     biases = [part.bias for part in parts if part.bias is not None]
     assert len(biases) in (0, len(parts)), "either all parts have a bias or none"
-    return Linear(torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None)
+    weight = torch.cat([part.weight for part in parts])
+    if weight.device.type == "cpu" and weight.dtype == torch.float32:
+        # Stored by input: so MKL multiplies a row or two by a wide matrix 1.2 to 2 times as fast,
+        # and more rows about as fast.
+        weight = weight.t().contiguous().t()
+    return Linear(weight, torch.cat(biases) if biases else None)

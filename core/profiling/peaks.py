@@ -43,7 +43,7 @@ def device_peaks(
     """
     threads = torch.get_num_threads() if device == "cpu" else 1
     record, warning = load_calibration(name, dtype, threads)
-    told = () if warning is None else (warning,)
+    told: tuple[str, ...] = () if warning is None else (warning,)
     if record is not None and at_least is None:
         return KnownPeaks(_as_peaks(record), "calibrated", (*told, *_busy(record)))
     load = _load()

@@ -52,7 +52,11 @@ def _quantize_group(
 ) -> Iterator[QuantizedLayer]:
     weights = [walk.layer(name).weight.to(torch.float32) for name in group]
     # Rows do not touch each other: layers with one Hessian are one taller layer.
-    results = _rows(_quantize(torch.cat(weights), hessian, job), [len(w) for w in weights])
+    try:
+        result = _quantize(torch.cat(weights), hessian, job)
+    except NumericsError as error:
+        raise NumericsError(f"{', '.join(group)}: {error.message}", error.hint) from error
+    results = _rows(result, [len(w) for w in weights])
     for name, weight, result in zip(group, weights, results, strict=True):
         found = result.weight.dequantize()
         nearest = quantize_nearest(weight, job.number_format).dequantize()

@@ -106,7 +106,6 @@ class Engine:
             request_id=request_id,
             params=params,
             tokens=list(prompt),
-            prompt_length=len(prompt),
             max_length=self._max_length(len(prompt), params.max_tokens),
             generator=torch.Generator(),
         )

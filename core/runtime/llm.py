@@ -1,5 +1,6 @@
 """The engine from Python: prompts in, texts out."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +59,8 @@ class LLM:
         artifact = model if isinstance(model, Artifact) else locate(model)
         self.tokenizer: Any = artifact.tokenizer()
         self.engine = Engine.load(artifact, settings or EngineSettings())
+        # Never used twice: an aborted request may still have something to say to a later call.
+        self._ids = map(str, itertools.count())
 
     def generate(
         self, prompts: str | Sequence[Prompt], params: SamplingParams | None = None
@@ -88,10 +91,11 @@ class LLM:
     def _add(self, prompts: list[list[int]], params: SamplingParams) -> dict[str, _Answer]:
         answers: dict[str, _Answer] = {}
         try:
-            for index, prompt in enumerate(prompts):
-                self.engine.add(str(index), prompt, params)
+            for prompt in prompts:
+                name = next(self._ids)
+                self.engine.add(name, prompt, params)
                 detokenizer = Detokenizer(self.tokenizer, stop=params.stop)
-                answers[str(index)] = _Answer(detokenizer, tuple(prompt))
+                answers[name] = _Answer(detokenizer, tuple(prompt))
         except Exception:
             for name in answers:
                 self.engine.abort(name)
@@ -103,7 +107,7 @@ class LLM:
         if answer is None or answer.reason is not None:
             return
         if output.finish_reason == "error":
-            raise EngineError(f"prompt {output.request_id}: {output.error}")
+            raise EngineError(f"prompt {list(answers).index(output.request_id)}: {output.error}")
         answer.take(output)
         if output.finish_reason is None and answer.reason is not None:
             self.engine.abort(output.request_id)

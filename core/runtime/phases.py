@@ -32,7 +32,7 @@ class PhaseRunner:
         self._decoding: list[Span] = []
 
     def prefill(self, batch: int, tokens: int) -> None:
-        """Compute `batch` prompts of `tokens` random tokens in one step, and the logits of the last."""
+        """Compute `batch` prompts of `tokens` random tokens in one step, up to their logits."""
         self._run(self._runner_for(batch, tokens), self._spans(batch, tokens, new=tokens))
 
     def prepare_decode(self, batch: int, context: int) -> None:

@@ -81,7 +81,6 @@ class Request:
     params: SamplingParams
     tokens: list[int]
     """The prompt, then what was generated."""
-    prompt_length: int
     max_length: int
     """The request is over when it has this many tokens."""
     generator: torch.Generator

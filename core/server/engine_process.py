@@ -7,6 +7,7 @@ the end of stdin means that the API process is gone, and ends this one too.
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 import traceback
@@ -107,6 +108,9 @@ def _load(orders: dict[str, Any]) -> Engine:
 
 def main() -> int:
     """Exit status 1 if the engine could not be loaded or broke; the API process hears why."""
+    # A signal to the whole group is for the API process, which ends this one in order.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     orders = json.loads(_first_line())
     folder = Path(orders["address"].removeprefix("ipc://")).parent
     threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()

@@ -13,7 +13,7 @@ TEMPERATURE = 1.0
 TOP_P = 1.0
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-TokenIds = list[Annotated[int, Field(ge=0)]]
+TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
 def _strings(value: Any) -> Any:
@@ -78,7 +78,8 @@ class Body(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Extensions that vLLM has under the same names.
-    top_k: Annotated[int, Field(ge=-1)] = 0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
+    """0 and -1: no limit."""
     ignore_eos: bool = False
     stop_token_ids: TokenIds = []
     skip_special_tokens: bool = True
@@ -90,6 +91,12 @@ class Body(BaseModel):
             return values
         kept = {}
         for key, value in values.items():
+            if not _is_text([key, value]):
+                raise PydanticCustomError(
+                    "unsupported_value",
+                    "{key} holds half a character: a surrogate without its pair",
+                    {"key": key if _is_text(key) else ascii(key)},
+                )
             if key in cls.NEUTRAL:
                 if not any(_same(value, neutral) for neutral in cls.NEUTRAL[key]):
                     raise PydanticCustomError(
@@ -202,6 +209,23 @@ class ChatRequest(Body):
                 {"key": "max_tokens"},
             )
         return self
+
+
+def _is_text(value: Any) -> bool:
+    """Whether every string in a JSON value can be written as UTF-8; \\ud800 alone cannot."""
+    todo = [value]
+    while todo:
+        match todo.pop():
+            case str() as text:
+                try:
+                    text.encode()
+                except UnicodeEncodeError:
+                    return False
+            case list() as items:
+                todo += items
+            case dict() as table:
+                todo += [*table, *table.values()]
+    return True
 
 
 def _same(value: Any, neutral: Any) -> bool:

@@ -8,6 +8,7 @@ from infopt.core.errors import MissingExtraError, ResourceError, UsageError
 
 # Enough for any calibration or perplexity; a whole C4 is not wanted.
 _MAX_CHARACTERS = 20_000_000
+_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +43,12 @@ def read_hub(source: str) -> tuple[list[str], str | None]:
     wanted = parse_hub(source)
     try:
         from datasets import load_dataset
+        from huggingface_hub import HfApi
     except ImportError:
         raise MissingExtraError("datasets", "eval") from None
     try:
+        # load_dataset waits long for a hub that is silent, so it is asked first here.
+        HfApi().dataset_info(wanted.name, timeout=_TIMEOUT_S)
         stream = load_dataset(wanted.name, wanted.config, split=wanted.split, streaming=True)
         return _collect(stream, wanted.column, source), _licence(stream)
     except UsageError:

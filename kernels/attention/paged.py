@@ -47,7 +47,7 @@ def paged_attention(
 
 
 @dataclass(frozen=True, slots=True)
-class _Reads:
+class Reads:
     """One attention call: `requests` of equal query length over `context` slots each."""
 
     rows: slice
@@ -63,8 +63,8 @@ class _Reads:
 class AttentionPlan:
     """What one step reads, for every layer alike."""
 
-    decodes: _Reads | None
-    chunks: tuple[_Reads, ...]
+    decodes: Reads | None
+    chunks: tuple[Reads, ...]
 
 
 def plan_attention(
@@ -108,7 +108,7 @@ def _decode_reads(
     block_size: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> _Reads:
+) -> Reads:
     """One query a request, padded to the longest context."""
     longest = max(contexts)
     width = -(-longest // block_size)
@@ -123,7 +123,7 @@ def _decode_reads(
     if min(contexts) < longest:
         mask = torch.zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf)
         mask = mask[:, None, None].to(device)
-    return _Reads(slice(0, len(tables)), slots.flatten().to(device), len(tables), mask)
+    return Reads(slice(0, len(tables)), slots.flatten().to(device), len(tables), mask)
 
 
 def _chunk_reads(
@@ -134,7 +134,7 @@ def _chunk_reads(
     block_size: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> _Reads:
+) -> Reads:
     """Several queries of one request; the first chunk needs no mask but the causal one."""
     position = torch.arange(context)
     slots = _slots(torch.tensor([list(table)]), position[None], block_size).flatten().to(device)
@@ -142,7 +142,7 @@ def _chunk_reads(
     if length < context:
         mask = torch.full((length, context), -torch.inf, dtype=dtype)
         mask = mask.triu_(diagonal=context - length + 1).to(device)
-    return _Reads(slice(start, start + length), slots, 1, mask)
+    return Reads(slice(start, start + length), slots, 1, mask)
 
 
 def _slots(tables: Tensor, positions: Tensor, block_size: int) -> Tensor:
@@ -166,7 +166,7 @@ def planned_attention(query: Tensor, cache: Tensor, plan: AttentionPlan, scale: 
     return output
 
 
-def _attend_decodes(query: Tensor, cache: Tensor, reads: _Reads, scale: float) -> Tensor:
+def _attend_decodes(query: Tensor, cache: Tensor, reads: Reads, scale: float) -> Tensor:
     """Queries that share a key head are its rows: on a CPU far faster than SDPA's enable_gqa."""
     requests, heads, head_dim = query.shape
     keys, values = _read(cache, reads)
@@ -177,7 +177,7 @@ def _attend_decodes(query: Tensor, cache: Tensor, reads: _Reads, scale: float) -
     return output.reshape(requests, heads, head_dim)
 
 
-def _attend_chunk(query: Tensor, cache: Tensor, reads: _Reads, scale: float) -> Tensor:
+def _attend_chunk(query: Tensor, cache: Tensor, reads: Reads, scale: float) -> Tensor:
     """Key heads are SDPA's batch, and the query heads that share one its heads: no copies."""
     length, heads, head_dim = query.shape
     kv_heads = cache.shape[3]
@@ -195,7 +195,7 @@ def _attend_chunk(query: Tensor, cache: Tensor, reads: _Reads, scale: float) -> 
     return output.permute(2, 0, 1, 3).reshape(length, heads, head_dim)
 
 
-def _read(cache: Tensor, reads: _Reads) -> tuple[Tensor, Tensor]:
+def _read(cache: Tensor, reads: Reads) -> tuple[Tensor, Tensor]:
     """Keys and values [requests, kv_heads, context, head_dim], views of one gathered copy."""
     found = by_slot(cache).index_select(0, reads.slots)
     found = found.view(reads.requests, -1, *cache.shape[2:])

@@ -123,6 +123,11 @@ def test_a_silent_server_times_out(mock: Any) -> None:
         run(mock(script), timeout=0.2, warmup=0)
 
 
+def test_a_server_that_never_answers_at_all(mock: Any) -> None:
+    with pytest.raises(EngineError, match=r"gave no answer within 0\.2 s"):
+        run(mock(lambda body: [60.0]), timeout=0.2)
+
+
 def test_answers_cut_short_are_told(mock: Any) -> None:
     report = run(mock(steady(mock, first=0.0, each=0.0, tokens=2)), output_tokens=50)
     assert any(

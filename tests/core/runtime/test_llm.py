@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 
 from infopt.core.artifact.read import read_artifact
 from infopt.core.errors import EngineError, UsageError
+from infopt.core.layers.embedding import Embedding
 from infopt.core.recipe.serve import EngineSettings
 from infopt.core.runtime.llm import LLM
 from infopt.core.runtime.request import SamplingParams
@@ -50,13 +52,20 @@ def test_logprobs(llm: LLM) -> None:
 
 def test_a_prompt_that_does_not_fit_leaves_nothing_behind(llm: LLM) -> None:
     with pytest.raises(UsageError, match="do not fit"):
-        llm.generate(["short", [5] * 600], GREEDY)
+        llm.generate(["short", [5] * 5000], GREEDY)
     assert llm.engine.stats().waiting == 0
 
 
-def test_logits_that_are_not_finite_are_told(tiny_model: Path) -> None:
+def test_logits_that_are_not_finite_are_told_and_leave_nothing_behind(tiny_model: Path) -> None:
     broken = LLM(read_artifact(tiny_model), EngineSettings(kv_blocks=8, dtype="float32"))
-    broken.engine._runner.decoder.norm.weight.fill_(torch.nan)
-    with pytest.raises(EngineError, match="not finite"):
-        broken.generate("Hello", GREEDY)
+    (fine,) = broken.generate([[5, 6]], GREEDY)
+    poison = next(token for token in range(100) if token not in (5, 6, *fine.token_ids))
+    runner = broken.engine._runner
+    table = runner.decoder.embedding.weight.clone()
+    table[poison] = torch.nan
+    # Untied: in the head, the row would spoil every request.
+    runner.decoder = replace(runner.decoder, embedding=Embedding(table))
+    with pytest.raises(EngineError, match=r"prompt 1: .*not finite"):
+        broken.generate([[5, 6], [5, poison]], GREEDY)
     assert broken.engine.stats().blocks_used == 0
+    assert broken.generate([[5, 6]], GREEDY) == [fine]

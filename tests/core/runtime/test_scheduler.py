@@ -22,7 +22,7 @@ def make_scheduler(
 
 
 def make_request(name: str, prompt: int, longest: int = 100) -> Request:
-    return Request(name, SamplingParams(), [0] * prompt, prompt, longest, torch.Generator())
+    return Request(name, SamplingParams(), [0] * prompt, longest, torch.Generator())
 
 
 def run_step(scheduler: Scheduler) -> list[Work]:

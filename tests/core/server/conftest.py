@@ -36,7 +36,14 @@ class Server:
     """A server process; `lines` is what it said up to now."""
 
     def __init__(self, model: Path, **settings: Any) -> None:
-        values = {"port": 0, "kv_blocks": 64, "model_name": "tiny", "dtype": "float32", **settings}
+        values = {
+            "port": 0,
+            "kv_blocks": 128,
+            "max_model_len": 512,
+            "model_name": "tiny",
+            "dtype": "float32",
+            **settings,
+        }
         self.process = subprocess.Popen(
             [sys.executable, "-c", LAUNCH, str(model), json.dumps(values)],
             stdout=subprocess.PIPE,

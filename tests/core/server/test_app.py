@@ -210,7 +210,7 @@ def test_the_model_card(client: openai.OpenAI) -> None:
 
 def test_health_has_the_counts(server: Any) -> None:
     body = server.health().json()
-    assert body["status"] == "ok" and body["engine"]["blocks_total"] == 64
+    assert body["status"] == "ok" and body["engine"]["blocks_total"] == 128
 
 
 @pytest.mark.parametrize(
@@ -236,6 +236,9 @@ def test_health_has_the_counts(server: Any) -> None:
         ({"prompt": []}, "prompt"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": [49152]}, "prompt"),
+        ({"prompt": [2**100]}, "prompt"),
+        ({"stop_token_ids": [2**70]}, "stop_token_ids"),
+        ({"top_k": 2**70}, "top_k"),
         ({"logprobs": 99}, "logprobs"),
         ({"logprobs": 1, "echo": True}, "logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
@@ -306,6 +309,24 @@ def test_typed_errors(client: openai.OpenAI) -> None:
 def test_bodies_that_are_no_json_object(server: Any, body: bytes) -> None:
     response = httpx.post(server.url + "/v1/completions", content=body)
     assert response.status_code == 400 and response.json()["error"]["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (rb'{"prompt": "a\ud800b"}', "prompt"),
+        (rb'{"prompt": ["a", "\udc00"]}', "prompt"),
+        (rb'{"prompt": "a", "model": "\ud800"}', "model"),
+        (rb'{"prompt": "a", "user": {"\ud800": 1}}', "user"),
+        (rb'{"prompt": "a", "\ud800": 1}', r"'\ud800'"),
+    ],
+)
+def test_half_a_character_is_refused(server: Any, body: bytes, param: str) -> None:
+    response = httpx.post(server.url + "/v1/completions", content=body)
+    assert response.status_code == 400 and response.json()["error"]["param"] == param
+    assert "half a character" in response.json()["error"]["message"]
+    whole = rb'{"prompt": "\ud83c\udf0d", "max_tokens": 1}'
+    assert httpx.post(server.url + "/v1/completions", content=whole).status_code == 200
 
 
 def test_a_body_without_its_content_type(server: Any) -> None:

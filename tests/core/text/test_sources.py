@@ -129,6 +129,7 @@ def test_hub_texts_become_documents(monkeypatch: pytest.MonkeyPatch) -> None:
         return datasets.Dataset.from_dict({"text": ["a", " ", "b"], "n": [1, 2, 3]})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     text = evaluation_text("hub:Salesforce/wikitext/raw:test:text")
     assert text.documents == ("a", "b") and calls == [("Salesforce/wikitext", "raw", "test")]
     with pytest.raises(UsageError, match="no text column 'n'"):
