@@ -11,6 +11,7 @@ import typer
 from infopt.cli import bench, doctor, evaluate, profile, quantize, run, serve
 from infopt.cli.screen import plain_error, plain_line
 from infopt.core.errors import InfoptError
+from infopt.core.libraries import hush
 
 INTERRUPTED = 130
 
@@ -100,6 +101,7 @@ def _unforeseen(error: Exception) -> int:
 
 def main() -> None:
     """The console script."""
+    hush()
     sys.exit(run_app(sys.argv[1:]))
 
 

@@ -21,7 +21,7 @@ FLOORS = """\
     layers  artifact  reports  text
     recipe  formats  hardware
     files
-    errors  progress  kernels  recipes                           the ground
+    errors  progress  libraries  kernels  recipes                           the ground
 """
 HEAD = f"""\
 # The map of the code

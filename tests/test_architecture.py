@@ -12,7 +12,7 @@ SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py")
 
 # From the ground up. Rooms on one floor never import each other; every import runs downhill.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"kernels", "core.errors", "core.progress", "recipes"}),
+    frozenset({"kernels", "core.errors", "core.progress", "core.libraries", "recipes"}),
     frozenset({"core.files"}),
     frozenset({"core.recipe", "core.formats", "core.hardware"}),
     frozenset({"core.reports"}),  # an artifact sums itself up in a report's words

@@ -37,7 +37,11 @@ class Client(Protocol):
     """Longest prompt plus output, where known."""
     count_source: str
     """Who counts the tokens: 'usage' or 'engine'."""
-    warnings: Sequence[str]
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What the reader of the figures must know of this target."""
+        ...
 
     async def __aenter__(self) -> Self: ...
 

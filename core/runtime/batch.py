@@ -38,8 +38,11 @@ class Batch:
 def build_batch(
     work: Sequence[Work], *, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> Batch:
-    """Lay the scheduled tokens behind one another, single tokens first, as attention wants them."""
-    ordered = sorted(work, key=lambda item: item.tokens > 1)
+    """Lay the scheduled tokens behind one another, as attention wants them.
+
+    Single tokens come first, those with the shortest contexts before the others.
+    """
+    ordered = sorted(work, key=lambda item: (item.tokens > 1, item.request.computed))
     spans = [
         Span(
             item.request.tokens[item.request.computed : item.request.computed + item.tokens],

@@ -19,6 +19,7 @@ import zmq
 
 from infopt.core.artifact.read import read_artifact
 from infopt.core.errors import InfoptError
+from infopt.core.libraries import hush
 from infopt.core.recipe.serve import EngineSettings
 from infopt.core.runtime.request import SamplingParams, StepOutput
 from infopt.core.server import messages
@@ -111,6 +112,7 @@ def main() -> int:
     # A signal to the whole group is for the API process, which ends this one in order.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    hush()
     orders = json.loads(_first_line())
     folder = Path(orders["address"].removeprefix("ipc://")).parent
     threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()

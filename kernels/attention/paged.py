@@ -4,7 +4,7 @@
 same for every layer of a step (which slots to read, what to mask), `plan_attention` works out once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infopt.kernels.attention.cache import by_slot
+
+# Up to this context, padding costs less than another call.
+_PADDED_FREELY = 256
 
 
 def paged_attention(
@@ -63,7 +66,7 @@ class Reads:
 class AttentionPlan:
     """What one step reads, for every layer alike."""
 
-    decodes: Reads | None
+    decodes: tuple[Reads, ...]
     chunks: tuple[Reads, ...]
 
 
@@ -75,18 +78,17 @@ def plan_attention(
     dtype: torch.dtype,
     device: torch.device,
 ) -> AttentionPlan:
-    """Plan one step; requests with a single query come first.
+    """Plan one step; requests with a single query come first, best in the order of their contexts.
 
     Contexts include the step's own tokens, which must be in the cache before attention runs.
     """
     lengths = [query_starts[r + 1] - query_starts[r] for r in range(len(context_lengths))]
     single = next((r for r, n in enumerate(lengths) if n > 1), len(lengths))
     assert all(n > 1 for n in lengths[single:]), "requests with one query come first"
-    decodes = None
-    if single:
-        decodes = _decode_reads(
-            block_tables[:single], context_lengths[:single], block_size, dtype, device
-        )
+    decodes = (
+        _decode_reads(rows, block_tables[rows], context_lengths[rows], block_size, dtype, device)
+        for rows in _alike(context_lengths[:single])
+    )
     chunks = (
         _chunk_reads(
             block_tables[r],
@@ -99,10 +101,20 @@ def plan_attention(
         )
         for r in range(single, len(lengths))
     )
-    return AttentionPlan(decodes, tuple(chunks))
+    return AttentionPlan(tuple(decodes), tuple(chunks))
+
+
+def _alike(contexts: Sequence[int]) -> Iterator[slice]:
+    """Runs of requests to pad to one length: none long is padded to more than twice its own."""
+    start = 0
+    for r in range(1, len(contexts) + 1):
+        if r == len(contexts) or contexts[r] > max(_PADDED_FREELY, 2 * contexts[start]):
+            yield slice(start, r)
+            start = r
 
 
 def _decode_reads(
+    rows: slice,
     tables: Sequence[Sequence[int]],
     contexts: Sequence[int],
     block_size: int,
@@ -123,7 +135,7 @@ def _decode_reads(
     if min(contexts) < longest:
         mask = torch.zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf)
         mask = mask[:, None, None].to(device)
-    return Reads(slice(0, len(tables)), slots.flatten().to(device), len(tables), mask)
+    return Reads(rows, slots.flatten().to(device), len(tables), mask)
 
 
 def _chunk_reads(
@@ -155,12 +167,11 @@ def planned_attention(query: Tensor, cache: Tensor, plan: AttentionPlan, scale: 
 
     query [T, heads, head_dim] -> [T, heads, head_dim]. SDPA keeps its softmax in float32.
     """
-    if plan.decodes is not None and not plan.chunks:
-        return _attend_decodes(query, cache, plan.decodes, scale)
+    if len(plan.decodes) == 1 and not plan.chunks:
+        return _attend_decodes(query, cache, plan.decodes[0], scale)
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    if plan.decodes is not None:
-        rows = plan.decodes.rows
-        output[rows] = _attend_decodes(query[rows], cache, plan.decodes, scale)
+    for reads in plan.decodes:
+        output[reads.rows] = _attend_decodes(query[reads.rows], cache, reads, scale)
     for reads in plan.chunks:
         output[reads.rows] = _attend_chunk(query[reads.rows], cache, reads, scale)
     return output

@@ -73,6 +73,7 @@ def agree(planned: Tensor, plain: Tensor) -> None:
         [(1, 33)],
         [(1, 16), (1, 17), (1, 15), (1, 1)],
         [(1, 600), (1, 5)],
+        [(1, 5), (1, 256), (1, 257), (1, 500), (1, 3), (1, 600), (3, 9)],
         [(16, 16)],
         [(17, 17), (2, 33), (5, 5)],
         [(1, 7), (1, 48), (31, 31), (4, 40)],
@@ -120,6 +121,19 @@ def test_plain_is_sdpa_on_a_contiguous_cache() -> None:
         query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), is_causal=True, scale=0.3
     )
     torch.testing.assert_close(plain, wanted.transpose(0, 1), atol=2e-6, rtol=2e-6)
+
+
+def test_a_short_context_is_not_padded_to_a_long_one() -> None:
+    contexts = [5, 256, 257, 514, 515, 2000]
+    tables = [list(range(500)) for _ in contexts]
+    plan = plan_attention(tables, contexts, list(range(7)), 4, torch.float32, CPU)
+    assert [reads.rows for reads in plan.decodes] == [
+        slice(0, 2),
+        slice(2, 4),
+        slice(4, 5),
+        slice(5, 6),
+    ]
+    assert [len(reads.slots) for reads in plan.decodes] == [2 * 256, 2 * 514, 515, 2000]
 
 
 def test_requests_with_one_query_must_come_first() -> None:
