@@ -9,7 +9,7 @@ from infopt.core.errors import NumericsError
 from infopt.core.formats.number import IntegerFormat
 
 _SMALLEST = 2.0**-24
-_LARGEST = 65504.0
+_LARGEST = 65280.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,13 @@ def make_grid(weights: Tensor, number_format: IntegerFormat) -> Grid:
     low = weights.amin(dim=-1).clamp(max=0.0)
     high = weights.amax(dim=-1).clamp(min=0.0)
     if number_format.symmetric:
-        scale = _storable(2 * torch.maximum(-low, high) / top)
+        scale = _storable(2 * torch.maximum(-low, high) / top, number_format)
         return Grid(scale, torch.full_like(scale, number_format.middle))
-    scale = _storable((high - low) / top)
+    scale = _storable((high - low) / top, number_format)
     zero = torch.round(-low / scale)
     # With the zero held at 1, one code fewer is left for the weights above it.
-    scale = torch.where(zero < 1, _storable(torch.maximum(high / (top - 1), -low)), scale)
+    wider = _storable(torch.maximum(high / (top - 1), -low), number_format)
+    scale = torch.where(zero < 1, wider, scale)
     return Grid(scale, torch.round(-low / scale).clamp(1.0, top))
 
 
@@ -48,9 +49,16 @@ def round_to_grid(weights: Tensor, grid: Grid, max_code: int) -> Tensor:
     return (torch.round(weights / grid.scale) + grid.zero).clamp_(0.0, float(max_code))
 
 
-def _storable(scale: Tensor) -> Tensor:
-    """Rounded to float16; a group of zeros has the scale 1, and none underflows to 0."""
+def _storable(scale: Tensor, number_format: IntegerFormat) -> Tensor:
+    """Rounded to float16; a group of zeros has the scale 1, and none underflows to 0.
+
+    Up to 4 bits a scale keeps bfloat16's 8 significant bits: kernels that hold scales in bfloat16,
+    or multiply symmetric codes in float16, then compute with exactly our weights, and the grid is
+    no worse for it, as the codes are chosen after. At 8 bits that would clip the largest weights.
+    """
     if scale.numel() and float(scale.max()) > _LARGEST:
         raise NumericsError("weights too large for a float16 scale")
+    if number_format.bits <= 4:
+        scale = scale.to(torch.bfloat16)
     rounded = scale.to(torch.float16).to(torch.float32).clamp(min=_SMALLEST)
     return torch.where(scale > 0, rounded, torch.ones_like(rounded))

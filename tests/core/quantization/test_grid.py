@@ -33,8 +33,10 @@ def test_error_is_within_a_step(
     found, grid = restored(weights, number_format)
     assert bool(torch.isfinite(found).all())
     # Half a step, or up to a whole one at the clipped end of a range; float16 scales add a little.
-    assert float(((found - weights).abs() / grid.scale.unsqueeze(-1)).max()) <= 1.02
+    assert float(((found - weights).abs() / grid.scale.unsqueeze(-1)).max()) <= 1.05
     assert torch.equal(grid.scale, grid.scale.half().float()), "what is stored is what is used"
+    if exponent > -8 and bits <= 4:
+        assert torch.equal(grid.scale, grid.scale.bfloat16().float()), "kernels may hold it so"
     assert float(grid.zero.min()) >= 1 and float(grid.zero.max()) <= number_format.max_code
     assert torch.equal(grid.zero, grid.zero.round())
 
@@ -42,7 +44,7 @@ def test_error_is_within_a_step(
 def test_symmetric_is_the_grid_of_gptq() -> None:
     weights = torch.tensor([[-1.0, 0.25, 0.5, 0.75]])
     grid = make_grid(weights, IntegerFormat(4, True, 4))
-    assert float(grid.scale) == pytest.approx(2 / 15, rel=1e-3)
+    assert float(grid.scale) == pytest.approx(2 / 15, rel=4e-3)
     assert float(grid.zero) == 8
 
 
@@ -56,7 +58,15 @@ def test_degenerate_groups(bits: int, symmetric: bool, value: float) -> None:
         assert float(found.abs().max()) == 0
     elif not symmetric and abs(value) > 1e-6:
         # A constant group is an end of its own range: exact, up to the scale's rounding.
-        assert float((found - value).abs().max()) <= 2e-3 * abs(value)
+        assert float((found - value).abs().max()) <= 4e-3 * abs(value)
+
+
+def test_dequantizing_in_float16_is_exact_at_4_bits() -> None:
+    weights = torch.randn(64, 64) * 0.02
+    grid = make_grid(weights, IntegerFormat(4, True, 64))
+    steps = torch.arange(-8, 8).half()
+    product = steps[None] * grid.scale.half()[:, None]
+    assert torch.equal(product.float(), steps.float()[None] * grid.scale[:, None])
 
 
 def test_asymmetric_holds_zero_exactly() -> None:
