@@ -44,7 +44,8 @@ def summary(report: Report) -> "RenderableType":
 
 def plan_summary(plan: Plan) -> "RenderableType":
     """What `--dry-run` shows."""
-    expected = "unknown" if plan.seconds is None else f"about {seconds(plan.seconds)}"
+    unknown = "unknown: this device was not measured yet (infopt profile --mfu does)"
+    expected = unknown if plan.seconds is None else f"about {seconds(plan.seconds)}"
     rows = [(f"{i}", action) for i, action in enumerate(plan.actions, 1)]
     rows += [("memory", f"about {size(plan.memory_bytes)}"), ("time", expected)]
     if plan.disk_bytes:

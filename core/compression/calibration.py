@@ -24,7 +24,7 @@ def calibration_tokens(artifact: Artifact, settings: CalibrationSettings, seed: 
 
 
 def batches(tokens: Tensor, batch_tokens: int) -> tuple[Tensor, ...]:
-    """Split windows [n, length] into batches of at most `batch_tokens` tokens, at least one window."""
+    """Split windows [n, length] into batches of at most `batch_tokens` tokens or one window."""
     return torch.split(tokens, max(1, batch_tokens // tokens.shape[1]))
 
 

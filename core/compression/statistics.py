@@ -7,7 +7,7 @@ _PANELS = 4
 
 
 def accumulate_hessian(hessian: Tensor, inputs: Tensor, seen: int) -> int:
-    """Fold inputs [..., K] into the running mean of 2 x x^T and return how many rows it is now over.
+    """Fold inputs [..., K] into the running mean of 2 x x^T; returns how many rows it is now over.
 
     `hessian` float32 [K, K] is changed in place, and only its upper triangle is meant:
     `complete_hessian` fills the rest.

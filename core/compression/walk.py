@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from infopt.core.artifact.read import Artifact
+from infopt.core.compression.replay import Replay, replace_forward
 from infopt.core.compression.targets import Target
 from infopt.core.errors import NumericsError
 from infopt.core.models.hf import blocks, materialize, release, skeleton, tie
@@ -45,9 +46,8 @@ class Walk:
         *,
         keep_bytes: int = 0,
     ) -> None:
-        """probe and batches: int64 [batch, length]; keep_bytes: memory for the outputs of `settle`."""
+        """probe and batches: int64 [batch, length]; keep_bytes: memory that `settle` may use."""
         self.artifact, self.dtype, self.device = artifact, dtype, device
-        self.keep_bytes = keep_bytes
         self.tokens = (probe, *batches)
         self.model: PreTrainedModel = skeleton(artifact, dtype)
         self.names = [name for name, _ in blocks(self.model)]
@@ -56,13 +56,13 @@ class Walk:
         self._calls: list[list[_Call]] = []
         self.position = 0
         self.hidden: list[Tensor] = []
-        self._batch = 0
-        self._settled = ExitStack()
-        self._kept: dict[tuple[str, int], tuple[Tensor, int]] = {}
+        self._replay = Replay(keep_bytes)
+        self._targets: frozenset[str] = frozenset()
+        self._settled: set[str] = set()
 
     @torch.no_grad()
     def start(self) -> None:
-        """Embed the tokens and record how each block is called; then stand before the first block."""
+        """Embed the tokens, record how each block is called, and stand before the first block."""
         self._fill_outside()
         self.hidden, self._calls, self.position = [], [], 0
         self._returns_tuple = self._first_returns_tuple()
@@ -74,7 +74,7 @@ class Walk:
         release(self.model)
 
     def skip_to(self, position: int, hidden: Sequence[Tensor]) -> None:
-        """Stand before the block `position` with the hidden states of an earlier walk (after `start`)."""
+        """After `start`: stand before the block `position`, with an earlier walk's hidden states."""
         assert len(hidden) == len(self.tokens)
         self.position, self.hidden = position, list(hidden)
 
@@ -91,7 +91,7 @@ class Walk:
 
     @torch.no_grad()
     def input_groups(self, targets: Sequence[Target]) -> list[tuple[str, ...]]:
-        """The targets of the loaded block by the input that they share, in the order of their calls.
+        """The targets of the loaded block by the input that they share, in order of their calls.
 
         Targets that are never called come last, each alone.
         """
@@ -105,6 +105,7 @@ class Walk:
             order.append((value, [name]))
 
         names = [target.name for target in targets]
+        self._targets = frozenset(names)
         with ExitStack() as hooks:
             self._watch(hooks, names, note)
             self._forward(0)
@@ -114,7 +115,7 @@ class Walk:
 
     @torch.no_grad()
     def observe(self, names: Sequence[str], sink: Sink) -> None:
-        """Hand the inputs of the layers `names` to `sink`, batch by batch, and compute no further."""
+        """Hand the inputs of the layers `names` to `sink` by batches, and compute no further."""
         for index in range(1, len(self.tokens)):
             waiting = set(names)
 
@@ -130,34 +131,27 @@ class Walk:
                     self._forward(index)
 
     def settle(self, names: Sequence[str]) -> None:
-        """Say that layers of the loaded block have their last weights and, as now, their last inputs.
+        """Say that layers of the loaded block have their last weights and, as now, last inputs.
 
-        Their outputs are kept while `keep_bytes` last, so that passes to come need not repeat them.
+        What they return, and modules whose every target is settled, is kept while `keep_bytes`
+        last, so that passes to come need not compute it again. Layers must be settled in the order
+        of `input_groups`: then all that a settled module is given is settled too.
         """
+        self._settled.update(names)
         for name in names:
-            layer = self.layer(name)
-            _replace_forward(self._settled, layer, self._remembering(name, layer.forward))
-
-    def _remembering(self, name: str, compute: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-        def forward(inputs: Tensor) -> Tensor:
-            key = (name, self._batch)
-            output, version = self._kept.get(key, (None, 0))
-            # A model that writes into what a layer returned has spoiled it: the version tells.
-            if output is not None and output._version == version:
-                return output
-            output = compute(inputs)
-            used = sum(kept.nbytes for kept, _ in self._kept.values())
-            if key not in self._kept and used + output.nbytes <= self.keep_bytes:
-                self._kept[key] = (output, output._version)
-            return output
-
-        return forward
+            self._replay.add(name, self.layer(name))
+        block = self.names[self.position]
+        for parent in sorted({p for name in names for p in _parents(name, block)}, key=len):
+            if all(t in self._settled for t in self._targets if t.startswith(f"{parent}.")):
+                self._replay.add(parent, self.model.get_submodule(parent))
 
     @torch.no_grad()
     def advance(self) -> None:
         """Run the loaded block over all batches, release it, and stand before the next one."""
+        self._replay.recording = False
         for index in range(len(self.tokens)):
             output = self._forward(index).to("cpu")
+            self._replay.forget_batch()
             if not bool(torch.isfinite(output).all()):
                 raise NumericsError(
                     f"{self.names[self.position]} of {self.artifact.name} computes values "
@@ -165,8 +159,9 @@ class Walk:
                     "try --dtype float32; if it is so already, the weights are broken",
                 )
             self.hidden[index] = output
-        self._settled.close()
-        self._kept.clear()
+        self._replay.clear()
+        self._replay.recording = True
+        self._settled.clear()
         release(self._blocks[self.position])
         self.position += 1
 
@@ -178,14 +173,14 @@ class Walk:
         self._fill_outside()
         with ExitStack() as stack:
             for block in self._blocks:
-                _replace_forward(stack, block, lambda *_, **__: self._as_output(hidden))
+                replace_forward(stack, block, lambda *_, **__: self._as_output(hidden))
             output = self.model(input_ids=self.tokens[0].to(self.device), use_cache=False)
         release(self.model)
         logits: Tensor = output.logits
         return logits.to("cpu")
 
     def _forward(self, index: int) -> Tensor:
-        self._batch = index
+        self._replay.batch = index
         args, kwargs = self._calls[index][self.position]
         block = self._blocks[self.position]
         output = block(self.hidden[index].to(self.device), *args, **kwargs)
@@ -193,7 +188,7 @@ class Walk:
         return hidden
 
     def _first_returns_tuple(self) -> bool:
-        """Some models' blocks return a tuple, and their hand-me-on must look alike: run one to know."""
+        """Some models' blocks return a tuple, and a hand-me-on must look alike: run one to know."""
         args, kwargs = self._record(0, stop_at=0)[0]
         self.load()
         output = self._blocks[0](*args, **kwargs)
@@ -212,7 +207,7 @@ class Walk:
 
         with ExitStack() as stack:
             for block in self._blocks:
-                _replace_forward(stack, block, forward)
+                replace_forward(stack, block, forward)
             with suppress(_Enough):
                 self.model(input_ids=self.tokens[index].to(self.device), use_cache=False)
         return calls
@@ -237,9 +232,10 @@ class Walk:
         tie(self.model)
 
 
-def _replace_forward(stack: ExitStack, block: nn.Module, forward: Callable[..., Any]) -> None:
-    block.forward = forward
-    stack.callback(block.__dict__.pop, "forward", None)
+def _parents(name: str, block: str) -> list[str]:
+    """The modules around a layer, within its block."""
+    parts = name.removeprefix(f"{block}.").split(".")
+    return [".".join([block, *parts[:end]]) for end in range(1, len(parts))]
 
 
 def _part(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call]:

@@ -20,7 +20,7 @@ MULTIPLE = WORD
 
 
 def to_gptq(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The four tensors of a v1 checkpoint; zeros are at least 1, since v1 cannot store a zero of 0."""
+    """The four tensors of a v1 checkpoint; zeros are at least 1, since v1 cannot store 0."""
     bits = weight.format.bits
     assert int(weight.zeros.min()) >= 1, "v1 stores zero - 1"
     return {
@@ -82,7 +82,7 @@ def _check(
     for name, (found, right) in expected.items():
         if tuple(found) != right:
             raise ArtifactError(
-                f"{where}.{name} has the shape {list(found)}, but {list(right)} fits the other tensors"
+                f"{where}.{name} has the shape {list(found)}; the other tensors fit {list(right)}"
             )
     if int(group_index.min()) < 0 or int(group_index.max()) >= groups:
         raise ArtifactError(f"{where}.g_idx names a group beyond the {groups} that have scales")

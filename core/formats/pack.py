@@ -20,7 +20,7 @@ def packed_size(size: int, bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int, dim: int) -> Tensor:
-    """Pack integer codes in [0, 2^bits) along `dim` into int32 words; the last word ends in zeros."""
+    """Pack codes in [0, 2^bits) along `dim` into int32 words; the last word ends in zeros."""
     rows = codes.movedim(dim, 0)
     size = rows.shape[0]
     # A unit is the shortest run of codes that ends on a word's border.

@@ -32,7 +32,7 @@ def skeleton(artifact: Artifact, dtype: torch.dtype = torch.float32) -> PreTrain
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UnsupportedError(
-            f"transformers builds no causal language model from {artifact.path / 'config.json'}: {reason}"
+            f"{artifact.path / 'config.json'} is of no causal language model of transformers: {reason}"
         ) from error
     model = cast(PreTrainedModel, model.eval().requires_grad_(False))
     _check_names(model, artifact)
@@ -57,7 +57,7 @@ def load_transformers(
 
 
 def _converted(artifact: Artifact, dtype: torch.dtype) -> PreTrainedModel | None:
-    """The model as transformers itself loads it; None if it would leave anything out or make it up."""
+    """The model as transformers itself loads it; None if it would leave out or make up anything."""
     model, loading = AutoModelForCausalLM.from_pretrained(
         artifact.path, dtype=dtype, local_files_only=True, output_loading_info=True
     )

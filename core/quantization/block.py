@@ -38,11 +38,11 @@ def quantize_block(walk: Walk, index: int, job: Job) -> Iterator[QuantizedLayer]
     """
     groups = walk.input_groups(job.blocks[index].targets)
     stages = [[group] for group in groups] if job.settings.true_sequential else [groups]
-    for stage in stages:
+    for number, stage in enumerate(stages, 1):
         hessians = _hessians(walk, stage) if job.settings.method == "gptq" else {}
         for group in stage:
             yield from _quantize_group(walk, group, hessians.get(group), job)
-        if job.settings.true_sequential:
+        if number < len(stages):
             walk.settle([name for group in stage for name in group])
 
 

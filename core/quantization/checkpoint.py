@@ -1,4 +1,4 @@
-"""Unfinished work beside its output, so that an interrupted run continues at its last finished block.
+"""Unfinished work beside its output: an interrupted run continues at its last finished block.
 
 The folder `.NAME.infopt-partial` holds each finished block's tensors and report rows, the hidden
 states that go into the next block, and CURRENT: how many blocks are finished, with the SHA-256 of

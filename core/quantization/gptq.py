@@ -119,7 +119,7 @@ def _sweep_static(
 def _sweep_dynamic(
     columns: Tensor, factor: Tensor, number_format: IntegerFormat, block: int
 ) -> tuple[Tensor, Grid]:
-    """Codes [K, N] and grids [N, G] of `columns` [K, N] (changed), each group's grid made at its turn.
+    """Codes [K, N], grids [N, G] of `columns` [K, N] (changed); a group's grid is made at its turn.
 
     Blocks end where groups do, so that every weight of a group is up to date when its grid is made.
     """
@@ -145,7 +145,7 @@ def _sweep_dynamic(
 def _quantize_block(
     columns: Tensor, factor: Tensor, start: int, grids: list[Grid], number_format: IntegerFormat
 ) -> Tensor:
-    """Round the columns from `start` on, one for each of `grids`, and correct all that follow them."""
+    """Round the columns from `start` on, one for each of `grids`, and correct all behind them."""
     stop = start + len(grids)
     current = columns[start:stop]
     codes, errors = torch.empty_like(current), torch.empty_like(current)

@@ -1,4 +1,4 @@
-"""The grid of each group of weights: its scale and its zero, from the least and the largest weight."""
+"""The grid of each group of weights: scale and zero, from the least and the largest weight."""
 
 from dataclasses import dataclass
 

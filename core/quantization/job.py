@@ -54,7 +54,7 @@ class Job:
 
 
 def resolve_job(artifact: Artifact, settings: QuantizeSettings) -> Job:
-    """Choose targets, groups, device and dtype; raises UsageError or UnsupportedError as they do."""
+    """Choose targets, groups, device and dtype; raises UsageError or UnsupportedError."""
     if artifact.quantization is not None:
         raise UnsupportedError(
             f"{artifact.name} is quantized already", "give the model it was made from"

@@ -1,7 +1,6 @@
 """The quantized artifact: its tensors, its configs, and the proof that it is what was computed."""
 
 import json
-import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -43,12 +42,12 @@ def publish(staged: Artifact, output: Path, *, replace: bool) -> Artifact:
     """Give the staged artifact its name; the files are moved, not copied."""
     with directory_atomically(output, replace=replace) as folder:
         for file in sorted(staged.path.iterdir()):
-            os.rename(file, folder / file.name)
+            file.rename(folder / file.name)
     return read_artifact(output)
 
 
 def compare_with_disk(job: Job, staged: Artifact, probe: Tensor, expected: Tensor) -> float:
-    """The largest difference of the probe's logits, by a walk through the artifact as read from disk.
+    """The largest difference of the probe's logits, by a walk through the artifact from disk.
 
     Raises NumericsError if it exceeds TOLERANCE. One block is in memory at a time.
     """

@@ -89,9 +89,7 @@ def test_a_dense_layer_is_its_tensor(tmp_path: Path) -> None:
         ({"checkpoint_format": "marlin"}, "marlin"),
     ],
 )
-def test_what_cannot_be_read_is_named(
-    tmp_path: Path, changes: dict[str, Any], named: str
-) -> None:
+def test_what_cannot_be_read_is_named(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
     found = artifact(tmp_path, weight(IntegerFormat(4, True, 32)), table(**changes))
     with pytest.raises(UnsupportedError, match=named):
         linear_weight(found, LAYER)

@@ -26,7 +26,12 @@ _COMMON = {
     "eos_token_id": 1,
     "pad_token_id": 2,
 }
-_GATED = {**_COMMON, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 64}
+_GATED = {
+    **_COMMON,
+    "intermediate_size": 64,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**_GATED),
     "qwen3": lambda: Qwen3Config(**_GATED, head_dim=8),
@@ -38,7 +43,9 @@ CONFIGS: dict[str, Any] = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "opt": lambda: OPTConfig(**_COMMON, ffn_dim=64, word_embed_proj_dim=32),
-    "bloom": lambda: BloomConfig(**{k: v for k, v in _COMMON.items() if "heads" not in k}, n_head=4),
+    "bloom": lambda: BloomConfig(
+        **{k: v for k, v in _COMMON.items() if "heads" not in k}, n_head=4
+    ),
     "gpt2": lambda: GPT2Config(
         vocab_size=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1
     ),

@@ -22,7 +22,14 @@ def tokens(rows: int = 5, length: int = 12) -> Tensor:
 def make_walk(artifact: Artifact, keep_bytes: int = 0) -> Walk:
     data = tokens()
     # Batches of unequal sizes: each must get the masks of its own size.
-    walk = Walk(artifact, data[:1, :8], (data[:2], data[2:4], data[4:]), torch.float32, CPU, keep_bytes=keep_bytes)
+    walk = Walk(
+        artifact,
+        data[:1, :8],
+        (data[:2], data[2:4], data[4:]),
+        torch.float32,
+        CPU,
+        keep_bytes=keep_bytes,
+    )
     walk.start()
     return walk
 
@@ -43,7 +50,9 @@ def test_the_walk_computes_what_the_whole_model_does(
         expected = model(tokens()[:1, :8]).logits
     assert float((walk.probe_logits() - expected).abs().max()) < 1e-4
     # The hidden states of every batch too, through the whole model's hooks.
-    for batch, hidden in zip((tokens()[:2], tokens()[4:]), (walk.hidden[1], walk.hidden[3]), strict=True):
+    for batch, hidden in zip(
+        (tokens()[:2], tokens()[4:]), (walk.hidden[1], walk.hidden[3]), strict=True
+    ):
         assert float((last_block_output(model, walk.names[-1], batch) - hidden).abs().max()) < 1e-4
 
 

@@ -44,7 +44,9 @@ CONFIGS: dict[str, Any] = {
 
 def saved(tmp_path: Path, family: str = "llama") -> Artifact:
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32).save_pretrained(
+        tmp_path
+    )
     return read_artifact(tmp_path)
 
 
@@ -164,7 +166,12 @@ def quantized(path: Path) -> tuple[Artifact, QuantizedWeight]:
     tensors |= {f"{name}.{key}": part for key, part in to_gptq(weight).items()}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+    config["quantization_config"] = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 32,
+        "sym": True,
+    }
     (path / "config.json").write_text(json.dumps(config))
     return read_artifact(path), weight
 

@@ -105,4 +105,7 @@ def test_discarding_asks_for_replace(tmp_path: Path) -> None:
         pass
     with open_checkpoint(tmp_path / "out", IDENTITY, resume=False, replace=True) as checkpoint:
         assert checkpoint.finished == 0
-        assert sorted(path.name for path in checkpoint.folder.iterdir()) == ["identity.json", "lock"]
+        assert sorted(path.name for path in checkpoint.folder.iterdir()) == [
+            "identity.json",
+            "lock",
+        ]

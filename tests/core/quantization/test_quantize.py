@@ -230,7 +230,9 @@ def test_an_existing_output_is_kept_unless_replaced(
     with pytest.raises(UsageError, match="exists"):
         quantize(source, tmp_path / "out", wanted)
     assert content(tmp_path / "out") == before
-    quantize(source, tmp_path / "out", settings(calibration_file, method="rtn", bits=8), replace=True)
+    quantize(
+        source, tmp_path / "out", settings(calibration_file, method="rtn", bits=8), replace=True
+    )
     assert read_artifact(tmp_path / "out").config["quantization_config"]["bits"] == 8
 
 
