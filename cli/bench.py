@@ -42,11 +42,13 @@ def bench(
         ),
     ] = None,
     recipe: opt.RecipeFile = None,
+    output: opt.ReportOutput = None,
     device: opt.DeviceOption = None,
     dtype: opt.DTypeOption = None,
     seed: opt.Seed = None,
     json: opt.Json = None,
     quiet: opt.Quiet = False,
+    yes: opt.Yes = False,
     dry_run: opt.DryRun = False,
     trust_remote_code: opt.TrustRemoteCode = False,
 ) -> None:
@@ -55,6 +57,12 @@ def bench(
     Example: infopt bench --url http://127.0.0.1:8000 --concurrency 8
     """
     from infopt.cli.verb import run_verb
+    from infopt.core.errors import UsageError
+
+    if url is not None and (device is not None or dtype is not None):
+        raise UsageError(
+            "--device and --dtype are the server's to choose", "leave them out with --url"
+        )
 
     given: dict[str, Any] = {
         "url": url,
@@ -66,7 +74,7 @@ def bench(
         "timeout": timeout,
     }
     common = opt.Common(
-        recipe, None, device, dtype, seed, json, quiet, False, dry_run, trust_remote_code
+        recipe, output, device, dtype, seed, json, quiet, yes, dry_run, trust_remote_code
     )
     run_verb("bench", model, given, common, perform, plan)
 

@@ -1,13 +1,15 @@
 """How the steps of a recipe follow each other: what each reads, writes and leaves."""
 
-import json
+import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infopt.cli import bench, evaluate, profile, quantize, serve
+from infopt.cli.kept import kept, key_of, prepare, remember
 from infopt.cli.options import Common
 from infopt.cli.screen import Screen
 from infopt.cli.verb import (
@@ -21,12 +23,9 @@ from infopt.cli.verb import (
     show,
     show_plan,
 )
-from infopt.core.errors import UsageError
+from infopt.core.errors import GateError
 from infopt.core.recipe.recipe import WRITING, Recipe, Step, load_recipe
-from infopt.core.reports.bench import BenchReport
 from infopt.core.reports.evaluate import EvaluateReport
-from infopt.core.reports.profile import ProfileReport
-from infopt.core.reports.quantize import QuantizeReport
 from infopt.core.reports.run import RunReport, StepReport
 from infopt.core.reports.schema import Plan, Report
 
@@ -47,13 +46,6 @@ PLAN: dict[str, Planner] = {
     "serve": serve.plan,
     "bench": bench.plan,
 }
-# A served step is done again on --resume: its server is gone.
-KEPT: dict[str, type[Report]] = {
-    "quantize": QuantizeReport,
-    "evaluate": EvaluateReport,
-    "profile": ProfileReport,
-    "bench": BenchReport,
-}
 
 
 @dataclass
@@ -65,17 +57,27 @@ class Chain:
     common: Common
     screen: Screen
     resume: bool
-    outputs: dict[str, Path] = field(default_factory=dict)
+    outputs: dict[str, "Path | Artifact"] = field(default_factory=dict)
+    """What earlier steps wrote, by name; while planning, the model that stands in for it."""
     newest: "Artifact | None" = None
     server: "Server | None" = None
 
     def open(self, word: str | None) -> "Artifact":
         """An earlier step's output by its name, else any model word."""
-        if word in self.outputs:
+        found = self.outputs.get(word) if word is not None else None
+        if found is None:
+            return opener(self.screen, self.common)(word)
+        if isinstance(found, Path):
             from infopt.core.artifact.read import read_artifact
 
-            return read_artifact(self.outputs[word])
-        return opener(self.screen, self.common)(word)
+            return read_artifact(found, trust_remote_code=self.common.trust_remote_code)
+        return found
+
+    def model(self, step: Step) -> "Artifact":
+        """What a step reads: what it names, else the newest artifact, else the recipe's model."""
+        if step.model is None and self.newest is not None:
+            return self.newest
+        return self.open(step.model or self.recipe.model)
 
     def work(self, number: int, step: Step) -> Work:
         """What step `number` (from 1) is handed."""
@@ -87,61 +89,56 @@ class Chain:
         }
         if step.verb == "bench" and getattr(step.settings, "url", None) is None and self.server:
             changed["url"] = self.server.url
-        settings = type(step.settings).model_validate({**step.settings.model_dump(), **changed})
-        model = step.model or self.newest or self.recipe.model
-        output = (
-            self.root / (step.output or f"{number:02d}-{step.verb}")
-            if step.verb in WRITING
-            else None
-        )
-        resume = self.resume and step.verb in WRITING and not self.common.yes
         return Work(
-            step.verb, model, settings, output, self.common.yes, resume, self.screen, self.open
+            verb=step.verb,
+            model=self.model(step),
+            settings=step.settings.model_copy(update=changed),
+            output=self.root / output_name(number, step) if step.verb in WRITING else None,
+            # Inside a run folder what a step wrote before is its own to replace.
+            replace=self.common.yes or self.resume,
+            resume=self.resume,
+            screen=self.screen,
+            open=self.open,
         )
 
-    def kept(self, number: int, work: Work) -> Report | None:
-        """The report of this very step from an earlier, interrupted run."""
-        file = self.root / f"{number:02d}-{work.verb}.json"
-        if not self.resume or work.verb not in KEPT or not file.exists():
-            return None
-        values = json.loads(file.read_text())
-        same = values["made"]["settings"] == work.settings.model_dump(mode="json")
-        whole = work.output is None or work.output.is_dir()
-        if same and whole and values["model"]["path"] == str(work.artifact.path):
-            return KEPT[work.verb].model_validate(values)
-        return None
+
+def output_name(number: int, step: Step) -> str:
+    return step.output or f"{number:02d}-{step.verb}"
 
 
 def run_chain(path: Path, model: str | None, common: Common, *, resume: bool) -> None:
-    """Run a recipe from the command line."""
+    """Run a recipe from the command line; a bound that is passed ends it, after the report."""
     recipe = load_recipe(path)
     check_json_target(common.json)
     if model is not None:
         recipe = recipe.model_copy(update={"model": model})
     root = common.output or Path(recipe.name)
     with Screen(quiet=common.quiet, json_on_stdout=common.json == "-") as screen:
-        chain = Chain(recipe, root, common, screen, resume)
+        plan = _plan(Chain(recipe, root, common, screen, resume))
         if common.dry_run:
-            show_plan(screen, _plan(chain), common.json)
+            show_plan(screen, plan, common.json)
             return
-        _prepare(root, common, resume)
-        report = _all_steps(chain)
+        prepare(root, anew=common.yes, resume=resume)
+        report, gate = _all_steps(Chain(recipe, root, common, screen, resume))
         show(screen, report, common.json)
         screen.note(f"report: {root / 'report.json'}")
-
-
-def _prepare(root: Path, common: Common, resume: bool) -> None:
-    if root.is_file():
-        raise UsageError(f"--output {root} is a file", "name a folder")
-    if root.is_dir() and any(root.iterdir()) and not (common.yes or resume):
-        raise UsageError(
-            f"{root} is not empty", "--resume goes on with an interrupted run, --yes does it anew"
-        )
+        if gate is not None:
+            raise gate
 
 
 def _plan(chain: Chain) -> Plan:
-    """The plans of all steps; what a step will write, the next is planned without."""
-    plans = [PLAN[step.verb](chain.work(i, step)) for i, step in enumerate(chain.recipe.steps, 1)]
+    """The plans of all steps, each on the models at hand: what is yet to be written is as large.
+
+    Every model that a step names is opened, so that a wrong word is told before the first step.
+    """
+    plans = []
+    for number, step in enumerate(chain.recipe.steps, 1):
+        work = chain.work(number, step)
+        if baseline := getattr(step.settings, "baseline", None):
+            chain.open(baseline)
+        plans.append(PLAN[step.verb](work))
+        if step.verb in WRITING:
+            chain.outputs[output_name(number, step)] = chain.newest = work.artifact
     known = [plan.seconds for plan in plans if plan.seconds is not None]
     return Plan(
         command="run",
@@ -152,36 +149,55 @@ def _plan(chain: Chain) -> Plan:
     )
 
 
-def _all_steps(chain: Chain) -> RunReport:
-    from infopt.core.reports.store import save
-
-    began = time.perf_counter()
+def _all_steps(chain: Chain) -> tuple[RunReport, GateError | None]:
+    began, started = datetime.now(UTC), time.perf_counter()
     reports: list[StepReport] = []
+    gate: GateError | None = None
     with ExitStack() as stack:
         for number, step in enumerate(chain.recipe.steps, 1):
             chain.screen.note(f"step {number} of {len(chain.recipe.steps)}: {step.verb}")
-            work = chain.work(number, step)
-            report = chain.kept(number, work) or _perform(chain, work, stack)
-            save(report, chain.root / f"{number:02d}-{step.verb}.json")
-            keep(report)
-            show(chain.screen, report, None)
-            _after(chain, step, work)
-            if isinstance(report, EvaluateReport):
-                evaluate.check(report, work.settings)
-            output = None if work.output is None else str(work.output)
-            reports.append(
-                StepReport(
-                    verb=step.verb, model=str(work.artifact.path), output=output, report=report
-                )
-            )
-    whole = RunReport(
-        recipe=chain.recipe.name,
-        steps=tuple(reports),
-        seconds=time.perf_counter() - began,
-        provenance={"seconds": "measured"},
-    )
-    save(whole, chain.root / "report.json")
-    return whole
+            try:
+                reports.append(_one_step(chain, number, step, stack))
+            except _Gated as gated:
+                reports.append(gated.report)
+                gate = gated.gate
+                break
+    return _whole(chain, tuple(reports), began, time.perf_counter() - started), gate
+
+
+class _Gated(Exception):
+    """A step was done, and passed a bound."""
+
+    def __init__(self, report: StepReport, gate: GateError) -> None:
+        self.report = report
+        self.gate = gate
+
+
+def _one_step(chain: Chain, number: int, step: Step, stack: ExitStack) -> StepReport:
+    from infopt.core.reports.store import save
+
+    work = chain.work(number, step)
+    name, key = f"{number:02d}-{step.verb}.json", key_of(work)
+    report = kept(chain.root, name, key, work) if chain.resume else None
+    if report is None:
+        report = _perform(chain, work, stack)
+        keep(report, None)
+        save(report, chain.root / name)
+        remember(chain.root, name, key)
+    else:
+        chain.screen.note("kept from the interrupted run")
+    show(chain.screen, report, None)
+    if work.output is not None:
+        chain.outputs[output_name(number, step)] = work.output
+        chain.newest = chain.open(output_name(number, step))
+    output = None if work.output is None else str(work.output)
+    told = StepReport(verb=step.verb, model=str(work.artifact.path), output=output, report=report)
+    if isinstance(report, EvaluateReport):
+        try:
+            evaluate.check(report, work.settings)
+        except GateError as gate:
+            raise _Gated(told, gate) from None
+    return told
 
 
 def _perform(chain: Chain, work: Work, stack: ExitStack) -> Report:
@@ -191,17 +207,30 @@ def _perform(chain: Chain, work: Work, stack: ExitStack) -> Report:
 
     if chain.server is not None:
         chain.server.stop()
-    chain.server = stack.enter_context(
-        Server(work.artifact.path, work.settings, chain.root / "serve.log")
-    )
-    server = chain.server
+    log = chain.root / "serve.log"
+    server = stack.enter_context(Server(work.artifact, work.settings, log))
+    chain.server = server
     return done(lambda w: ask_all(server, w.artifact, w.settings), work)
 
 
-def _after(chain: Chain, step: Step, work: Work) -> None:
-    """What a step wrote is what the next one works on."""
-    if work.output is not None:
-        from infopt.core.artifact.read import read_artifact
+def _whole(
+    chain: Chain, steps: tuple[StepReport, ...], began: datetime, seconds: float
+) -> RunReport:
+    from infopt.core.reports.environment import making
+    from infopt.core.reports.store import save
 
-        chain.outputs[step.output or work.output.name] = work.output
-        chain.newest = read_artifact(work.output)
+    whole = RunReport(
+        recipe=chain.recipe.name,
+        steps=steps,
+        seconds=seconds,
+        provenance={"seconds": "measured"},
+        made=making(
+            argv=tuple(sys.argv),
+            settings=chain.recipe.model_dump(mode="json", exclude={"steps"}),
+            created=began,
+            seconds=seconds,
+            device=chain.common.device or "auto",
+        ),
+    )
+    save(whole, chain.root / "report.json")
+    return whole

@@ -61,11 +61,13 @@ def evaluate(
         ),
     ] = None,
     recipe: opt.RecipeFile = None,
+    output: opt.ReportOutput = None,
     device: opt.DeviceOption = None,
     dtype: opt.DTypeOption = None,
     seed: opt.Seed = None,
     json: opt.Json = None,
     quiet: opt.Quiet = False,
+    yes: opt.Yes = False,
     dry_run: opt.DryRun = False,
     trust_remote_code: opt.TrustRemoteCode = False,
 ) -> None:
@@ -85,7 +87,7 @@ def evaluate(
         "chat": chat,
     }
     common = opt.Common(
-        recipe, None, device, dtype, seed, json, quiet, False, dry_run, trust_remote_code
+        recipe, output, device, dtype, seed, json, quiet, yes, dry_run, trust_remote_code
     )
     run_verb("evaluate", model, given, common, perform, plan, after=check)
 

@@ -11,7 +11,6 @@ import typer
 from infopt.cli import bench, doctor, evaluate, profile, quantize, run, serve
 from infopt.cli.screen import plain_error, plain_line
 from infopt.core.errors import InfoptError
-from infopt.core.libraries import hush
 
 INTERRUPTED = 130
 
@@ -21,7 +20,9 @@ app = typer.Typer(
     "profile, compress, evaluate, serve, bench: each step writes a report. "
     "Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
     # Rich help is for people; plain help starts twice as fast, and scripts read it.
-    rich_markup_mode="rich" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else None,
+    rich_markup_mode="rich"
+    if sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    else None,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -97,13 +98,3 @@ def _unforeseen(error: Exception) -> int:
     detail = f"{type(error).__name__}: {error}"
     plain_error(f"unforeseen fault, a bug of infopt: {detail} (INFOPT_DEBUG=1 shows where)")
     return 1
-
-
-def main() -> None:
-    """The console script."""
-    hush()
-    sys.exit(run_app(sys.argv[1:]))
-
-
-if __name__ == "__main__":
-    main()

@@ -39,6 +39,10 @@ RecipeFile = Annotated[
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where to write.")
 ]
+ReportOutput = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="DIR", help="Keep the report there, as report.json."),
+]
 DeviceOption = Annotated[
     DeviceWord | None, typer.Option("--device", help="Where to compute.", show_default="auto")
 ]

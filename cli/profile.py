@@ -33,11 +33,13 @@ def profile(
         int | None, typer.Option("--repeats", help="Prefills measured.", show_default="5")
     ] = None,
     recipe: opt.RecipeFile = None,
+    output: opt.ReportOutput = None,
     device: opt.DeviceOption = None,
     dtype: opt.DTypeOption = None,
     seed: opt.Seed = None,
     json: opt.Json = None,
     quiet: opt.Quiet = False,
+    yes: opt.Yes = False,
     dry_run: opt.DryRun = False,
     trust_remote_code: opt.TrustRemoteCode = False,
 ) -> None:
@@ -56,7 +58,7 @@ def profile(
         "repeats": repeats,
     }
     common = opt.Common(
-        recipe, None, device, dtype, seed, json, quiet, False, dry_run, trust_remote_code
+        recipe, output, device, dtype, seed, json, quiet, yes, dry_run, trust_remote_code
     )
     run_verb("profile", model, given, common, perform, plan)
 

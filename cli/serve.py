@@ -54,11 +54,13 @@ def serve(
         ),
     ] = None,
     recipe: opt.RecipeFile = None,
+    output: opt.ReportOutput = None,
     device: opt.DeviceOption = None,
     dtype: opt.DTypeOption = None,
     seed: opt.Seed = None,
     json: opt.Json = None,
     quiet: opt.Quiet = False,
+    yes: opt.Yes = False,
     dry_run: opt.DryRun = False,
     trust_remote_code: opt.TrustRemoteCode = False,
 ) -> None:
@@ -78,33 +80,33 @@ def serve(
         "ask": tuple(ask) if ask else None,
     }
     common = opt.Common(
-        recipe, None, device, dtype, seed, json, quiet, False, dry_run, trust_remote_code
+        recipe, output, device, dtype, seed, json, quiet, yes, dry_run, trust_remote_code
     )
     _serve(model, given, common)
 
 
 def _serve(model: str | None, given: dict[str, Any], common: opt.Common) -> None:
     from infopt.cli.screen import Screen
-    from infopt.cli.verb import Work, check_json_target, done, opener, settings_for, show, show_plan
+    from infopt.cli.verb import Work, opener, run_verb, settings_for
     from infopt.core.errors import UsageError
+    from infopt.core.recipe.serve import ServeSettings
 
     settings, step = settings_for("serve", common, given)
-    asking = bool(given["ask"])
-    if common.json is not None and not (common.dry_run or asking):
-        raise UsageError("serve has no report to write", "--json goes with --ask or --dry-run")
-    check_json_target(common.json)
-    with Screen(quiet=common.quiet, json_on_stdout=common.json == "-") as screen:
+    assert isinstance(settings, ServeSettings)
+    if common.dry_run or settings.ask:
+        run_verb("serve", model, given, common, _ask, plan)
+        return
+    if common.json is not None or common.output is not None:
+        raise UsageError(
+            "serve has no report to write", "--json and --output go with --ask or --dry-run"
+        )
+    with Screen(quiet=common.quiet) as screen:
+        from infopt.core.server.serve import serve as door
+
         open_model = opener(screen, common)
         word = model if model is not None else (step.model if step else None)
         work = Work("serve", word, settings, None, False, False, screen, open_model)
-        if common.dry_run:
-            show_plan(screen, plan(work), common.json)
-        elif asking:
-            show(screen, done(_ask, work), common.json)
-        else:
-            from infopt.core.server.serve import serve as door
-
-            door(work.artifact, work.settings, screen.progress)
+        door(work.artifact, work.settings, screen.progress)
 
 
 def _ask(work: "Work") -> "Report":
@@ -114,7 +116,7 @@ def _ask(work: "Work") -> "Report":
 
     with (
         TemporaryDirectory(prefix="infopt-serve-") as folder,
-        Server(work.artifact.path, work.settings, Path(folder) / "serve.log") as server,
+        Server(work.artifact, work.settings, Path(folder) / "serve.log") as server,
     ):
         return ask_all(server, work.artifact, work.settings)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from infopt.core.artifact.read import Artifact
 
 READY = "listening on "
+_ERROR = "infopt: error: "
 _START_LIMIT_S = 600.0
 _STOP_LIMIT_S = 30.0
 
@@ -24,8 +25,8 @@ _STOP_LIMIT_S = 30.0
 class Server:
     """`infopt serve` beside this process; as a context, it is stopped on leaving."""
 
-    def __init__(self, model: Path, settings: ServeSettings, log: Path) -> None:
-        self._command = _command(model, settings)
+    def __init__(self, artifact: "Artifact", settings: ServeSettings, log: Path) -> None:
+        self._command = _command(artifact, settings)
         self._log_path = log
         self._log: IO[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -38,7 +39,11 @@ class Server:
         self._log = self._log_path.open("wb")
         # A session of its own: Ctrl-C reaches this command, which then stops the server.
         self._process = subprocess.Popen(
-            self._command, stdout=self._log, stderr=self._log, start_new_session=True
+            self._command,
+            stdin=subprocess.PIPE,  # its closing, by whatever end of ours, ends the server
+            stdout=self._log,
+            stderr=self._log,
+            start_new_session=True,
         )
         try:
             self.url = self._await_ready(began + _START_LIMIT_S)
@@ -65,11 +70,9 @@ class Server:
                     return line.split(READY, 1)[1].split()[0]
             if self._process.poll() is not None:
                 reason = lines[-1] if lines else f"exit code {self._process.returncode}"
-                raise EngineError(f"the server did not start: {reason}", f"see {self._log_path}")
+                raise EngineError(f"the server did not start: {reason.removeprefix(_ERROR)}")
             time.sleep(0.1)
-        raise EngineError(
-            f"the server was not ready after {_START_LIMIT_S:.0f} s", f"see {self._log_path}"
-        )
+        raise EngineError(f"the server was not ready after {_START_LIMIT_S:.0f} s")
 
     def stop(self) -> None:
         """End the server and wait for it; safe to call twice."""
@@ -85,9 +88,11 @@ class Server:
             self._log.close()
 
 
-def _command(model: Path, settings: ServeSettings) -> list[str]:
+def _command(artifact: "Artifact", settings: ServeSettings) -> list[str]:
     """The command line that says these settings."""
-    words = [sys.executable, "-m", "infopt.cli.main", "serve", str(model)]
+    words = [sys.executable, "-m", "infopt.cli.attended", "serve", str(artifact.path)]
+    if artifact.trust_remote_code:
+        words.append("--trust-remote-code")
     for key, value in settings.model_dump(mode="json", exclude={"ask"}).items():
         if value is not None:
             words += [f"--{key.replace('_', '-')}", str(value)]

@@ -13,7 +13,7 @@ from infopt.cli.options import Common
 from infopt.cli.screen import Screen
 from infopt.core.errors import RecipeError, UsageError
 from infopt.core.recipe.base import Settings, validated
-from infopt.core.recipe.recipe import VERBS, Step, load_recipe
+from infopt.core.recipe.recipe import VERBS, WRITING, Step, find_recipe, load_recipe
 from infopt.core.reports.quantize import QuantizeReport
 from infopt.core.reports.schema import Plan, Report
 
@@ -45,6 +45,7 @@ class Work:
         )
 
 
+REPORT = "report.json"
 Perform = Callable[[Work], Report]
 Planner = Callable[[Work], Plan]
 
@@ -63,7 +64,7 @@ def settings_for(
 
 
 def _recipe_step(verb: str, path: Path) -> Step:
-    steps = [step for step in load_recipe(path).steps if step.verb == verb]
+    steps = [step for step in load_recipe(find_recipe(str(path))).steps if step.verb == verb]
     if len(steps) != 1:
         raise RecipeError(
             f"{path} has {len(steps) or 'no'} {verb} steps; one is wanted here",
@@ -89,6 +90,8 @@ def opener(screen: Screen, common: Common) -> "Callable[[str | None], Artifact]"
     def open_model(word: str | None) -> "Artifact":
         from infopt.core.artifact.locate import locate
 
+        if word is not None and not word.strip():
+            raise UsageError("MODEL is empty", "name a model, or leave it out for the default")
         return locate(word, progress=screen.progress, trust_remote_code=common.trust_remote_code)
 
     return open_model
@@ -116,8 +119,10 @@ def run_verb(
         if common.dry_run:
             show_plan(screen, plan(work), common.json)
             return
+        if verb not in WRITING:
+            check_report_folder(output, replace=common.yes)
         report = done(perform, work)
-        keep(report)
+        keep(report, output)
         show(screen, report, common.json)
         if after is not None:
             after(report, settings)
@@ -139,12 +144,23 @@ def done(perform: Perform, work: Work) -> Report:
     return report.model_copy(update={"made": made})
 
 
-def keep(report: Report) -> None:
-    """Lay the report of an artifact into it."""
+def keep(report: Report, folder: Path | None) -> None:
+    """Lay the report of an artifact into it, any other into the folder that was asked for."""
     from infopt.core.reports.store import save
 
-    if isinstance(report, QuantizeReport):
-        save(report, Path(report.output) / "report.json")
+    place = Path(report.output) if isinstance(report, QuantizeReport) else folder
+    if place is not None:
+        save(report, place / REPORT)
+
+
+def check_report_folder(folder: Path | None, *, replace: bool) -> None:
+    """See that a report may be laid into `--output DIR`, before the work rather than after."""
+    if folder is None:
+        return
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output {folder} is not a folder", "name a folder")
+    if (folder / REPORT).exists() and not replace:
+        raise UsageError(f"{folder / REPORT} exists already", "--yes replaces it")
 
 
 def check_json_target(target: str | None) -> None:

@@ -6,8 +6,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from infopt.core.libraries import share_cores
+
 if TYPE_CHECKING:
     from infopt.core.artifact.read import Artifact
+
+share_cores()  # before any test loads torch
 
 
 @pytest.fixture(scope="session")

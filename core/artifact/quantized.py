@@ -41,7 +41,7 @@ def linear_weight(artifact: Artifact, name: str) -> Tensor | QuantizedWeight:
 
 
 def stored_names(artifact: Artifact, parameter: str) -> tuple[str, ...]:
-    """The tensors of the artifact that make up a parameter of the model; none where it is absent."""
+    """The artifact's tensors that make up a parameter of the model; none where it is absent."""
     if artifact.has(parameter):
         return (parameter,)
     layer = parameter.removesuffix(".weight")

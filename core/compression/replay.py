@@ -1,4 +1,4 @@
-"""Outputs of modules that will not change any more, kept so that later passes need not repeat them."""
+"""Outputs of modules that change no more, kept so that later passes need not repeat them."""
 
 from collections.abc import Callable
 from contextlib import ExitStack

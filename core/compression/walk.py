@@ -74,7 +74,7 @@ class Walk:
         release(self.model)
 
     def skip_to(self, position: int, hidden: Sequence[Tensor]) -> None:
-        """After `start`: stand before the block `position`, with an earlier walk's hidden states."""
+        """After `start`: stand before the block `position` with an earlier walk's states."""
         assert len(hidden) == len(self.tokens)
         self.position, self.hidden = position, list(hidden)
 

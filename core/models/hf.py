@@ -32,7 +32,7 @@ def skeleton(artifact: Artifact, dtype: torch.dtype = torch.float32) -> PreTrain
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UnsupportedError(
-            f"{artifact.path / 'config.json'} is of no causal language model of transformers: {reason}"
+            f"{artifact.path / 'config.json'} is of no causal LM that transformers knows: {reason}"
         ) from error
     model = cast(PreTrainedModel, model.eval().requires_grad_(False))
     _check_names(model, artifact)

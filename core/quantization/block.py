@@ -15,8 +15,9 @@ from infopt.core.compression.walk import Walk
 from infopt.core.errors import NumericsError
 from infopt.core.formats.number import QuantizedWeight
 from infopt.core.quantization.gptq import GptqResult, gptq
+from infopt.core.quantization.grid import Grid
 from infopt.core.quantization.job import Job
-from infopt.core.quantization.nearest import quantize_nearest
+from infopt.core.quantization.nearest import group_grids, quantize_nearest
 from infopt.core.reports.quantize import LayerError
 
 Group = tuple[str, ...]
@@ -51,37 +52,40 @@ def _quantize_group(
     walk: Walk, group: Group, hessian: Tensor | None, job: Job
 ) -> Iterator[QuantizedLayer]:
     weights = [walk.layer(name).weight.to(torch.float32) for name in group]
+    sizes = [len(weight) for weight in weights]
     # Rows do not touch each other: layers with one Hessian are one taller layer.
+    tall = torch.cat(weights)
     try:
-        result = _quantize(torch.cat(weights), hessian, job)
+        grid = group_grids(tall, job.number_format, mse=job.settings.grid == "mse")
+        nearest = GptqResult(quantize_nearest(tall, job.number_format, grid), 0.0, None)
+        found = nearest if hessian is None else _gptq(tall, hessian, grid, job)
     except NumericsError as error:
         raise NumericsError(f"{', '.join(group)}: {error.message}", error.hint) from error
-    results = _rows(result, [len(w) for w in weights])
-    for name, weight, result in zip(group, weights, results, strict=True):
-        found = result.weight.dequantize()
-        nearest = quantize_nearest(weight, job.number_format).dequantize()
+    parts = zip(group, weights, _rows(found, sizes), _rows(nearest, sizes), strict=True)
+    for name, weight, result, rounded in parts:
+        quantized = result.weight.dequantize()
         row = LayerError(
             name=name,
-            error=relative_error(weight, found, hessian),
-            rtn_error=relative_error(weight, nearest, hessian),
+            error=relative_error(weight, quantized, hessian),
+            rtn_error=relative_error(weight, rounded.weight.dequantize(), hessian),
             bits=job.number_format.bits,
             group_size=job.number_format.group_size,
             damp=result.damp,
             fallback=result.fallback,
         )
-        walk.layer(name).weight.copy_(found)
+        walk.layer(name).weight.copy_(quantized)
         yield QuantizedLayer(result.weight, row)
 
 
-def _quantize(weight: Tensor, hessian: Tensor | None, job: Job) -> GptqResult:
+def _gptq(weight: Tensor, hessian: Tensor, grid: Grid, job: Job) -> GptqResult:
     settings = job.settings
-    if hessian is None:
-        return GptqResult(quantize_nearest(weight, job.number_format), 0.0, None)
     return gptq(
         weight,
         hessian,
         job.number_format,
+        grid,
         act_order=settings.act_order,
+        mse=settings.grid == "mse",
         damp=settings.damp_percent,
     )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from infopt.core.formats.number import IntegerFormat, QuantizedWeight
 from infopt.core.quantization.grid import Grid, make_grid, round_to_grid
-from infopt.core.quantization.nearest import as_quantized, group_grids, quantize_nearest
+from infopt.core.quantization.nearest import as_quantized, quantize_nearest
 
 _BLOCK = 128
 _LADDER = (0.02, 0.05, 0.1, 0.2, 0.5)
@@ -33,22 +33,25 @@ def gptq(
     weight: Tensor,
     hessian: Tensor,
     number_format: IntegerFormat,
+    grid: Grid,
     *,
     act_order: bool = True,
+    mse: bool = True,
     damp: float = 0.01,
     block: int = _BLOCK,
 ) -> GptqResult:
-    """Quantize a weight [N, K] under a Hessian float32 [K, K] of its inputs.
+    """Quantize a weight [N, K] under a Hessian float32 [K, K] of its inputs; `grid` is [N, G].
 
-    With `act_order` columns go by falling diagonal and the grids are those of the weight as it was
-    given (static groups); without, a group's grid is made when its turn comes, from its weights as
-    corrected by then. Inputs that are always 0 leave their columns to rounding.
+    With `act_order` columns go by falling diagonal, on the given grids (static groups); without, a
+    group's grid is made anew when its turn comes, from its weights as corrected by then, with or
+    without `mse`; then only rounding uses `grid`. Inputs that are always 0 leave their columns to
+    rounding.
     """
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
     if bool(dead.all()):
         fallback = "rtn: no input but zeros reached this layer"
-        return GptqResult(quantize_nearest(weight, number_format), 0.0, fallback)
+        return GptqResult(quantize_nearest(weight, number_format, grid), 0.0, fallback)
     prepared = hessian.clone()
     prepared.diagonal()[dead] = diagonal[~dead].mean()
     order = torch.argsort(prepared.diagonal(), descending=True, stable=True) if act_order else None
@@ -56,12 +59,11 @@ def gptq(
         prepared = prepared[order][:, order]
     factor, damp, climbed = inverse_factor(prepared, damp)
     if factor is None:
-        return GptqResult(quantize_nearest(weight, number_format), damp, climbed)
+        return GptqResult(quantize_nearest(weight, number_format, grid), damp, climbed)
     columns = weight.float().T
     if order is None:
-        codes, grid = _sweep_dynamic(columns.contiguous(), factor, number_format, block)
+        codes, grid = _sweep_dynamic(columns.contiguous(), factor, number_format, block, mse)
     else:
-        grid = group_grids(weight, number_format)
         codes = _sweep_static(columns[order], factor, number_format, block, grid, order)
     return GptqResult(as_quantized(codes.T, grid, number_format), damp, climbed)
 
@@ -117,7 +119,7 @@ def _sweep_static(
 
 
 def _sweep_dynamic(
-    columns: Tensor, factor: Tensor, number_format: IntegerFormat, block: int
+    columns: Tensor, factor: Tensor, number_format: IntegerFormat, block: int, mse: bool
 ) -> tuple[Tensor, Grid]:
     """Codes [K, N], grids [N, G] of `columns` [K, N] (changed); a group's grid is made at its turn.
 
@@ -129,7 +131,7 @@ def _sweep_dynamic(
     codes = torch.empty_like(columns)
     made: list[Grid] = []
     for first in range(0, total, size):
-        made.append(make_grid(columns[first : first + size].T, number_format))
+        made.append(make_grid(columns[first : first + size].T, number_format, mse=mse))
         for start in range(first, first + size, block):
             count = min(block, first + size - start)
             chosen = [made[-1]] * count

@@ -1,4 +1,4 @@
-"""The grid of each group of weights: scale and zero, from the least and the largest weight."""
+"""The grid of each group of weights: its scale and its zero."""
 
 from dataclasses import dataclass
 
@@ -10,6 +10,8 @@ from infopt.core.formats.number import IntegerFormat
 
 _SMALLEST = 2.0**-24
 _LARGEST = 65280.0
+_SHRINKS = tuple(1 - step / 20 for step in range(1, 11))
+"""Shares of the whole range that are tried: 0.95 down to 0.5."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,17 +24,47 @@ class Grid:
     scale: Tensor
     zero: Tensor
 
+    def each(self) -> "Grid":
+        """The same, to be broadcast over the columns of each group."""
+        return Grid(self.scale.unsqueeze(-1), self.zero.unsqueeze(-1))
 
-def make_grid(weights: Tensor, number_format: IntegerFormat) -> Grid:
-    """The min-max grid over the last dimension of weights [..., columns]: scale and zero [...].
+
+def make_grid(weights: Tensor, number_format: IntegerFormat, *, mse: bool) -> Grid:
+    """A grid over the last dimension of weights [..., columns]: scale and zero [...].
+
+    With `mse` the range that rounds with the least squared error, down to half of the whole; it
+    clips the largest weights for finer steps. Raises NumericsError for weights beyond what a
+    float16 scale reaches.
+    """
+    grid = _range_grid(weights, number_format, 1.0)
+    if not mse:
+        return grid
+    least = _squared_error(weights, grid, number_format)
+    for shrink in _SHRINKS:
+        other = _range_grid(weights, number_format, shrink)
+        error = _squared_error(weights, other, number_format)
+        better = error < least
+        least = torch.where(better, error, least)
+        grid = Grid(
+            torch.where(better, other.scale, grid.scale), torch.where(better, other.zero, grid.zero)
+        )
+    return grid
+
+
+def round_to_grid(weights: Tensor, grid: Grid, max_code: int) -> Tensor:
+    """The nearest codes, as float32; shapes broadcast."""
+    return (torch.round(weights / grid.scale) + grid.zero).clamp_(0.0, float(max_code))
+
+
+def _range_grid(weights: Tensor, number_format: IntegerFormat, share: float) -> Grid:
+    """The grid that spans a share of the range from the least to the largest weight.
 
     Symmetric: scale 2 max|w| / (2^bits - 1), zero 2^(bits-1). Asymmetric: the range includes 0,
     which is on the grid exactly, and zero is at least 1, since GPTQ v1 cannot store 0.
-    Raises NumericsError for weights beyond what a float16 scale reaches.
     """
     top = float(number_format.max_code)
-    low = weights.amin(dim=-1).clamp(max=0.0)
-    high = weights.amax(dim=-1).clamp(min=0.0)
+    low = weights.amin(dim=-1).clamp(max=0.0) * share
+    high = weights.amax(dim=-1).clamp(min=0.0) * share
     if number_format.symmetric:
         scale = _storable(2 * torch.maximum(-low, high) / top, number_format)
         return Grid(scale, torch.full_like(scale, number_format.middle))
@@ -44,9 +76,10 @@ def make_grid(weights: Tensor, number_format: IntegerFormat) -> Grid:
     return Grid(scale, torch.round(-low / scale).clamp(1.0, top))
 
 
-def round_to_grid(weights: Tensor, grid: Grid, max_code: int) -> Tensor:
-    """The nearest codes, as float32; shapes broadcast."""
-    return (torch.round(weights / grid.scale) + grid.zero).clamp_(0.0, float(max_code))
+def _squared_error(weights: Tensor, grid: Grid, number_format: IntegerFormat) -> Tensor:
+    each = grid.each()
+    codes = round_to_grid(weights, each, number_format.max_code)
+    return codes.sub_(each.zero).mul_(each.scale).sub_(weights).square_().sum(dim=-1)
 
 
 def _storable(scale: Tensor, number_format: IntegerFormat) -> Tensor:

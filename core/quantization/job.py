@@ -18,8 +18,11 @@ from infopt.core.errors import UnsupportedError
 from infopt.core.formats.gptq import MULTIPLE
 from infopt.core.formats.number import IntegerFormat
 from infopt.core.hardware.choose import choose_device, choose_dtype
+from infopt.core.hardware.probe import probe
 from infopt.core.models.hf import resolve, skeleton
 from infopt.core.recipe.quantize import QuantizeSettings
+
+_KEPT_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +72,10 @@ def resolve_job(artifact: Artifact, settings: QuantizeSettings) -> Job:
     number_format = IntegerFormat(settings.bits, settings.symmetric, group_size)
     stored = {resolve(model, artifact, f"{t.name}.weight")[0]: t.name for t in targets}
     return Job(artifact, settings, blocks, stored, number_format, dtype, torch.device(device))
+
+
+def keep_bytes(device: torch.device) -> int:
+    """Memory for outputs that would else be computed again: a quarter of what is free."""
+    if device.type == "cuda":
+        return int(_KEPT_SHARE * torch.cuda.mem_get_info(device)[0])
+    return int(_KEPT_SHARE * probe().memory_available_bytes)

@@ -7,18 +7,16 @@ from infopt.core.formats.number import IntegerFormat, QuantizedWeight
 from infopt.core.quantization.grid import Grid, make_grid, round_to_grid
 
 
-def group_grids(weight: Tensor, number_format: IntegerFormat) -> Grid:
-    """One grid for each group of columns: scale and zero [N, G]."""
-    groups = number_format.groups(weight.shape[1])
-    return make_grid(weight.float().reshape(len(weight), groups, -1), number_format)
+def group_grids(weight: Tensor, number_format: IntegerFormat, *, mse: bool) -> Grid:
+    """One grid for each group of columns of a weight [N, K]: scale and zero [N, G]."""
+    grouped = weight.float().reshape(len(weight), number_format.groups(weight.shape[1]), -1)
+    return make_grid(grouped, number_format, mse=mse)
 
 
-def quantize_nearest(weight: Tensor, number_format: IntegerFormat) -> QuantizedWeight:
-    """Round a weight [N, K] to the nearest codes of its min-max grid."""
-    grid = group_grids(weight, number_format)
+def quantize_nearest(weight: Tensor, number_format: IntegerFormat, grid: Grid) -> QuantizedWeight:
+    """Round a weight [N, K] to the nearest codes of its groups' grids [N, G]."""
     grouped = weight.float().reshape(*grid.scale.shape, -1)
-    each = Grid(grid.scale.unsqueeze(-1), grid.zero.unsqueeze(-1))
-    codes = round_to_grid(grouped, each, number_format.max_code).flatten(1)
+    codes = round_to_grid(grouped, grid.each(), number_format.max_code).flatten(1)
     return as_quantized(codes, grid, number_format)
 
 

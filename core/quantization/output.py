@@ -75,6 +75,7 @@ def quantization_table(job: Job) -> dict[str, Any]:
     meta: dict[str, Any] = {
         "quantizer": [f"infopt:{version('infopt')}"],
         "algorithm": settings.method,
+        "grid": settings.grid,
     }
     if settings.method == "gptq":
         meta |= {

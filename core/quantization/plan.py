@@ -8,15 +8,16 @@ import torch
 
 from infopt.core.artifact.read import Artifact
 from infopt.core.errors import ResourceError
-from infopt.core.quantization.job import Job, resolve_job
+from infopt.core.quantization.job import Job, keep_bytes, resolve_job
 from infopt.core.recipe.quantize import QuantizeSettings
 from infopt.core.reports.schema import Plan
 
 _PROCESS_BYTES = 600 * 2**20
 """Python, torch and transformers themselves."""
 _GEMM = 1024
-# A block's forward pass is repeated for the stages after the first, each up to its own inputs.
-_STAGED_PASSES = 3.0
+# Linear layers are computed once where their outputs can be kept; attention, norms and the rest
+# of a block, repeated for its stages, took as long again when measured.
+_PASSES = 2.0
 _DISK_RESERVE = 1.05
 
 
@@ -43,7 +44,7 @@ def plan_quantize(artifact: Artifact, settings: QuantizeSettings) -> Plan:
         actions=tuple(actions),
         memory_bytes=_memory(job, tokens),
         disk_bytes=_disk(job, tokens),
-        seconds=_flops(job, tokens) / _flops_per_second(job),
+        seconds=_seconds(job, tokens),
     )
 
 
@@ -72,7 +73,9 @@ def _memory(job: Job, tokens: int) -> int:
     columns = max(t.inputs for t in job.targets)
     solving = 6 * 4 * columns * columns + 6 * 4 * max(t.outputs * t.inputs for t in job.targets)
     hidden = tokens * _hidden_size(job) * width
-    return _PROCESS_BYTES + hidden + max(around, largest * (width + 4) + solving)
+    outputs = tokens * width * max(sum(t.outputs for t in b.targets) for b in job.blocks)
+    kept = min(outputs, keep_bytes(job.device))
+    return _PROCESS_BYTES + hidden + max(around, largest * (width + 4) + solving + kept)
 
 
 def _disk(job: Job, tokens: int) -> int:
@@ -95,16 +98,18 @@ def _hidden_size(job: Job) -> int:
     return min(t.inputs for t in job.targets)
 
 
-def _flops(job: Job, tokens: int) -> float:
-    """Forward passes, Hessians, factorizations, sweeps and the errors reported."""
+def _seconds(job: Job, tokens: int) -> float | None:
+    """Forward passes, Hessians, factorizations, sweeps and errors, at the speed of a product.
+
+    Rounding alone is no matter of products, and short.
+    """
     if job.settings.method == "rtn":
-        return sum(6.0 * t.outputs * t.inputs**2 for t in job.targets)
+        return None
     forward = 2.0 * tokens * sum(t.outputs * t.inputs for t in job.targets)
-    passes = _STAGED_PASSES if job.settings.true_sequential else 2.0
     inputs = {(t.name.rpartition(".")[0], t.inputs) for t in job.targets}
     hessians = sum(1.25 * tokens * columns**2 for _, columns in inputs)
     solving = sum(10.0 * t.outputs * t.inputs**2 for t in job.targets)
-    return passes * forward + hessians + solving
+    return (_PASSES * forward + hessians + solving) / _flops_per_second(job)
 
 
 def _flops_per_second(job: Job) -> float:

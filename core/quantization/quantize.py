@@ -15,11 +15,10 @@ from infopt.core.compression.walk import Walk
 from infopt.core.errors import NumericsError
 from infopt.core.files import check_output
 from infopt.core.formats.gptq import to_gptq
-from infopt.core.hardware.probe import probe
 from infopt.core.progress import Progress, ProgressCallback, silent
 from infopt.core.quantization.block import quantize_block
 from infopt.core.quantization.checkpoint import Checkpoint, open_checkpoint
-from infopt.core.quantization.job import Job, resolve_job
+from infopt.core.quantization.job import Job, keep_bytes, resolve_job
 from infopt.core.quantization.output import compare_with_disk, publish, stage_artifact
 from infopt.core.quantization.plan import check_disk
 from infopt.core.recipe.quantize import QuantizeSettings
@@ -27,8 +26,6 @@ from infopt.core.reports.quantize import QuantizeReport
 from infopt.core.reports.schema import Origin
 
 BATCH_TOKENS = 4096
-KEPT_SHARE = 0.25
-"""Of the free memory, for outputs that would else be computed again."""
 _PROBE_TOKENS = 64
 _PROVENANCE: dict[str, Origin] = {
     "bits_per_weight": "computed",
@@ -111,8 +108,8 @@ def _walk(
 ) -> Tensor:
     """Quantize the blocks that are not finished yet; returns the probe's logits at the end."""
     data = batches(tokens, BATCH_TOKENS) if job.settings.method == "gptq" else ()
-    keep = KEPT_SHARE * _free_memory(job.device)
-    walk = Walk(job.artifact, shown, data, job.dtype, job.device, keep_bytes=int(keep))
+    keep = keep_bytes(job.device)
+    walk = Walk(job.artifact, shown, data, job.dtype, job.device, keep_bytes=keep)
     progress(Progress("embedding the calibration text"))
     walk.start()
     if checkpoint.finished:
@@ -159,12 +156,6 @@ def _warnings(fallbacks: Counter[str | None]) -> tuple[str, ...]:
         f"{count} layer{'s' if count > 1 else ''}: {fallback}"
         for fallback, count in fallbacks.items()
     )
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return probe().memory_available_bytes
 
 
 def _peak_memory(device: torch.device) -> int:

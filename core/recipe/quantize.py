@@ -19,6 +19,8 @@ class QuantizeSettings(Settings):
     """Input columns that share a scale: 32, 64 or 128, `channel` for a whole row, or `auto`:
     the largest of 128, 64, 32 that divides every layer."""
     symmetric: bool = True
+    grid: Literal["mse", "minmax"] = "mse"
+    """The range of each group: the one that rounds with the least squared error, or the whole."""
     act_order: bool = True
     """Quantize the columns of largest Hessian diagonal first, with static groups (gptq only)."""
     damp_percent: float = Field(default=0.01, gt=0, lt=1)

@@ -63,6 +63,9 @@ def test_the_screen_of_options_names_every_verb(capsys: pytest.CaptureFixture[st
         (["bench", "--concurrency", "0"], "concurrency"),
         (["serve", "--port", "70000"], "port"),
         (["serve", "--json", "-"], "--ask"),
+        (["bench", "--url", "http://127.0.0.1:9", "--dtype", "float32"], "--dtype"),
+        (["evaluate", ""], "MODEL is empty"),
+        (["run", "run/demo", "--resume", "--yes"], "contradict"),
         (["quantize", "no/such/model/dir"], "no/such/model/dir"),
         (["run", "no-such-recipe.yaml"], "no-such-recipe"),
         (["evaluate", "--json", "no/such/dir/x.json"], "no/such/dir"),
@@ -202,7 +205,7 @@ def test_a_dry_run_says_what_and_does_nothing(
 def test_options_override_the_recipe(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["quantize", str(tiny_model), "--recipe", "recipes/quantize/rtn-w4.yaml", "--bits", "8"]
+    words = ["quantize", str(tiny_model), "--recipe", "quantize/rtn-w4", "--bits", "8"]
     assert run_app([*words, "--output", str(tmp_path / "out"), "--json", "-", "--quiet"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["method"], report["bits"]) == ("rtn", 8)
@@ -224,7 +227,7 @@ def test_an_interrupt_exits_130_without_a_traceback(
 def test_output_without_a_terminal_has_no_control_characters(tiny_model: Path) -> None:
     words = ["evaluate", str(tiny_model), "--tokens", "128", "--context", "64"]
     done = subprocess.run(
-        [sys.executable, "-m", "infopt.cli.main", *words],
+        [sys.executable, "-m", "infopt.cli.entry", *words],
         capture_output=True,
         text=True,
         env={**os.environ, "NO_COLOR": "1"},

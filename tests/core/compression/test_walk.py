@@ -191,3 +191,22 @@ def test_kept_outputs_spare_the_work_unless_the_model_writes_into_them(
     for _ in range(2):
         walk.observe([f"{prefix}.o_proj"], lambda *_: None)
     assert computed.count("q_proj") == 3 and computed.count("k_proj") == 6
+
+
+def test_a_module_whose_every_target_is_settled_runs_once_a_batch(
+    make_model: Callable[[str], Artifact],
+) -> None:
+    walk = make_walk(make_model("llama"), keep_bytes=10**9)
+    walk.load()
+    block = walk.names[0]
+    walk.input_groups(find_targets(walk.model, ("lm_head",))[0].targets)
+    entered: list[object] = []
+    walk.layer(f"{block}.self_attn.q_proj").register_forward_pre_hook(lambda *_: entered.append(1))
+    walk.settle([f"{block}.self_attn.{leaf}_proj" for leaf in "qkv"])
+    walk.observe([f"{block}.self_attn.o_proj"], lambda *_: None)
+    walk.settle([f"{block}.self_attn.o_proj"])
+    walk.observe([f"{block}.mlp.up_proj"], lambda *_: None)
+    assert len(entered) == 6, "attention again, to see what o_proj makes of it"
+    walk.observe([f"{block}.mlp.down_proj"], lambda *_: None)
+    walk.advance()
+    assert len(entered) == 7, "for the probe, which nothing has computed before"

@@ -1,11 +1,13 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from infopt.core.compression.statistics import relative_error
-from infopt.core.formats.number import IntegerFormat
-from infopt.core.quantization.gptq import gptq, inverse_factor
-from infopt.core.quantization.nearest import quantize_nearest
+from infopt.core.formats.number import IntegerFormat, QuantizedWeight
+from infopt.core.quantization.gptq import GptqResult, gptq, inverse_factor
+from infopt.core.quantization.nearest import group_grids, quantize_nearest
 
 FORMATS = [
     IntegerFormat(bits, symmetric, group_size)
@@ -13,6 +15,17 @@ FORMATS = [
     for symmetric in (True, False)
     for group_size in (32, 64, None)
 ]
+
+
+def rounded(weight: Tensor, number_format: IntegerFormat, *, mse: bool = True) -> QuantizedWeight:
+    return quantize_nearest(weight, number_format, group_grids(weight, number_format, mse=mse))
+
+
+def run(
+    weight: Tensor, hessian: Tensor, number_format: IntegerFormat, *, mse: bool = True, **how: Any
+) -> GptqResult:
+    grid = group_grids(weight, number_format, mse=mse)
+    return gptq(weight, hessian, number_format, grid, mse=mse, **how)
 
 
 def layer(outputs: int = 48, columns: int = 192, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -25,14 +38,15 @@ def layer(outputs: int = 48, columns: int = 192, seed: int = 0) -> tuple[Tensor,
     return weight, 2 * inputs.T @ inputs / len(inputs)
 
 
+@pytest.mark.parametrize("mse", [True, False])
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("number_format", FORMATS, ids=str)
 def test_a_diagonal_hessian_is_rounding_bit_for_bit(
-    number_format: IntegerFormat, act_order: bool
+    number_format: IntegerFormat, act_order: bool, mse: bool
 ) -> None:
     weight, hessian = layer()
-    found = gptq(weight, hessian.diagonal().diag(), number_format, act_order=act_order)
-    nearest = quantize_nearest(weight, number_format)
+    found = run(weight, hessian.diagonal().diag(), number_format, act_order=act_order, mse=mse)
+    nearest = rounded(weight, number_format, mse=mse)
     for part in ("codes", "scales", "zeros", "group_index"):
         assert torch.equal(getattr(found.weight, part), getattr(nearest, part)), part
     assert found.fallback is None
@@ -42,9 +56,9 @@ def test_a_diagonal_hessian_is_rounding_bit_for_bit(
 @pytest.mark.parametrize("number_format", FORMATS, ids=str)
 def test_it_beats_rounding(number_format: IntegerFormat, act_order: bool) -> None:
     weight, hessian = layer()
-    found = gptq(weight, hessian, number_format, act_order=act_order)
+    found = run(weight, hessian, number_format, act_order=act_order)
     error = relative_error(weight, found.weight.dequantize(), hessian)
-    nearest = quantize_nearest(weight, number_format).dequantize()
+    nearest = rounded(weight, number_format).dequantize()
     # At 2 bits a symmetric grid clips a quarter of its range, and what is clipped is passed on.
     bound = 0.8 if number_format.bits > 2 else 1.1
     assert error < bound * relative_error(weight, nearest, hessian)
@@ -73,7 +87,8 @@ def test_it_is_the_algorithm_of_the_paper(group_size: int | None) -> None:
     """Lazy blocks and the reversed factor change nothing; no group sees stale weights."""
     weight, hessian = layer(columns=320)
     number_format = IntegerFormat(4, True, group_size)
-    found = gptq(weight, hessian, number_format, act_order=False, damp=0.01).weight.dequantize()
+    found = run(weight, hessian, number_format, mse=False, act_order=False, damp=0.01)
+    found = found.weight.dequantize()
     expected = reference(weight, hessian, number_format, 0.01)
     # A value at a border between two codes may fall to either side in float32, and its row differs
     # from there on: rows agree, or are equally good.
@@ -88,7 +103,7 @@ def test_the_size_of_lazy_blocks_does_not_matter(act_order: bool) -> None:
     weight, hessian = layer()
     number_format = IntegerFormat(4, True, 64)
     found = [
-        gptq(weight, hessian, number_format, act_order=act_order, block=block).weight.dequantize()
+        run(weight, hessian, number_format, act_order=act_order, block=block).weight.dequantize()
         for block in (1, 64, 512)
     ]
     for other in found[1:]:
@@ -98,8 +113,8 @@ def test_the_size_of_lazy_blocks_does_not_matter(act_order: bool) -> None:
 def test_act_order_keeps_the_grids_of_rounding() -> None:
     weight, hessian = layer()
     number_format = IntegerFormat(3, False, 32)
-    found = gptq(weight, hessian, number_format, act_order=True).weight
-    nearest = quantize_nearest(weight, number_format)
+    found = run(weight, hessian, number_format, act_order=True).weight
+    nearest = rounded(weight, number_format)
     assert torch.equal(found.scales, nearest.scales) and torch.equal(found.zeros, nearest.zeros)
     assert torch.equal(found.group_index, nearest.group_index), "groups lie in order"
 
@@ -107,7 +122,7 @@ def test_act_order_keeps_the_grids_of_rounding() -> None:
 def test_the_same_input_gives_the_same_codes() -> None:
     weight, hessian = layer()
     number_format = IntegerFormat(4, True, 32)
-    first, second = (gptq(weight, hessian, number_format).weight.codes for _ in range(2))
+    first, second = (run(weight, hessian, number_format).weight.codes for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -115,7 +130,7 @@ def test_the_arguments_are_left_alone() -> None:
     weight, hessian = layer()
     before = weight.clone(), hessian.clone()
     for act_order in (True, False):
-        gptq(weight, hessian, IntegerFormat(4, True, 32), act_order=act_order)
+        run(weight, hessian, IntegerFormat(4, True, 32), act_order=act_order)
     assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
 
 
@@ -125,17 +140,17 @@ def test_dead_columns_are_rounded_and_disturb_nothing(act_order: bool) -> None:
     hessian[40] = 0
     hessian[:, 40] = 0
     number_format = IntegerFormat(4, True, 32)
-    found = gptq(weight, hessian, number_format, act_order=act_order)
+    found = run(weight, hessian, number_format, act_order=act_order)
     assert bool(torch.isfinite(found.weight.dequantize()).all()) and found.fallback is None
     if act_order:
-        nearest = quantize_nearest(weight, number_format)
+        nearest = rounded(weight, number_format)
         assert torch.equal(found.weight.codes[:, 40], nearest.codes[:, 40])
 
 
 def test_the_ladder_is_climbed_and_told() -> None:
     number_format = IntegerFormat(4, True, 32)
     weight, hessian = layer(columns=64)
-    assert gptq(weight, hessian, number_format, damp=0.03).damp == 0.03
+    assert run(weight, hessian, number_format, damp=0.03).damp == 0.03
 
     # An eigenvalue of -0.04 of the mean: 0.01 and 0.02 do not reach it, 0.05 does.
     values = torch.ones(64)
@@ -143,7 +158,7 @@ def test_the_ladder_is_climbed_and_told() -> None:
     values /= values.mean()
     values[0] = -0.04
     basis = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[0]
-    found = gptq(weight, basis @ values.diag() @ basis.T, number_format)
+    found = run(weight, basis @ values.diag() @ basis.T, number_format)
     assert found.damp == 0.05 and found.fallback == "damping raised to 0.05"
 
     factor, _, told = inverse_factor(floor_case(), 0.01)
@@ -151,9 +166,9 @@ def test_the_ladder_is_climbed_and_told() -> None:
 
     hopeless = torch.full((64, 64), 3.0)
     hopeless.fill_diagonal_(1.0)
-    result = gptq(weight, hopeless, number_format)
+    result = run(weight, hopeless, number_format)
     assert result.fallback is not None and result.fallback.startswith("rtn")
-    assert torch.equal(result.weight.codes, quantize_nearest(weight, number_format).codes)
+    assert torch.equal(result.weight.codes, rounded(weight, number_format).codes)
 
 
 def floor_case() -> Tensor:
@@ -166,6 +181,6 @@ def floor_case() -> Tensor:
 def test_no_input_at_all_is_told() -> None:
     weight, _ = layer(columns=64)
     number_format = IntegerFormat(4, True, 32)
-    result = gptq(weight, torch.zeros(64, 64), number_format)
+    result = run(weight, torch.zeros(64, 64), number_format)
     assert result.fallback is not None and "no input" in result.fallback
-    assert torch.equal(result.weight.codes, quantize_nearest(weight, number_format).codes)
+    assert torch.equal(result.weight.codes, rounded(weight, number_format).codes)

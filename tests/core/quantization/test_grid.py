@@ -8,8 +8,10 @@ from infopt.core.formats.number import IntegerFormat
 from infopt.core.quantization.grid import Grid, make_grid, round_to_grid
 
 
-def restored(weights: torch.Tensor, number_format: IntegerFormat) -> tuple[torch.Tensor, Grid]:
-    grid = make_grid(weights, number_format)
+def restored(
+    weights: torch.Tensor, number_format: IntegerFormat, *, mse: bool = False
+) -> tuple[torch.Tensor, Grid]:
+    grid = make_grid(weights, number_format, mse=mse)
     each = Grid(grid.scale.unsqueeze(-1), grid.zero.unsqueeze(-1))
     codes = round_to_grid(weights, each, number_format.max_code)
     assert float(codes.min()) >= 0 and float(codes.max()) <= number_format.max_code
@@ -43,7 +45,7 @@ def test_error_is_within_a_step(
 
 def test_symmetric_is_the_grid_of_gptq() -> None:
     weights = torch.tensor([[-1.0, 0.25, 0.5, 0.75]])
-    grid = make_grid(weights, IntegerFormat(4, True, 4))
+    grid = make_grid(weights, IntegerFormat(4, True, 4), mse=False)
     assert float(grid.scale) == pytest.approx(2 / 15, rel=4e-3)
     assert float(grid.zero) == 8
 
@@ -63,7 +65,7 @@ def test_degenerate_groups(bits: int, symmetric: bool, value: float) -> None:
 
 def test_dequantizing_in_float16_is_exact_at_4_bits() -> None:
     weights = torch.randn(64, 64) * 0.02
-    grid = make_grid(weights, IntegerFormat(4, True, 64))
+    grid = make_grid(weights, IntegerFormat(4, True, 64), mse=True)
     steps = torch.arange(-8, 8).half()
     product = steps[None] * grid.scale.half()[:, None]
     assert torch.equal(product.float(), steps.float()[None] * grid.scale[:, None])
@@ -77,4 +79,18 @@ def test_asymmetric_holds_zero_exactly() -> None:
 
 def test_a_weight_beyond_float16_scales_is_named_as_such() -> None:
     with pytest.raises(NumericsError, match="too large"):
-        make_grid(torch.full((1, 4), 1e7), IntegerFormat(4, True, 4))
+        make_grid(torch.full((1, 4), 1e7), IntegerFormat(4, True, 4), mse=False)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_mse_grid_rounds_no_worse_in_any_group(bits: int, symmetric: bool) -> None:
+    weights = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+    number_format = IntegerFormat(bits, symmetric, 64)
+    errors = [
+        ((restored(weights, number_format, mse=mse)[0] - weights) ** 2).sum(1)
+        for mse in (True, False)
+    ]
+    assert bool((errors[0] <= errors[1] * (1 + 1e-5)).all())
+    if bits < 8:
+        assert float(errors[0].sum()) < 0.95 * float(errors[1].sum())

@@ -1,12 +1,17 @@
 import torch
+from torch import Tensor
 
-from infopt.core.formats.number import IntegerFormat
-from infopt.core.quantization.nearest import quantize_nearest
+from infopt.core.formats.number import IntegerFormat, QuantizedWeight
+from infopt.core.quantization.nearest import group_grids, quantize_nearest
+
+
+def rounded(weight: Tensor, number_format: IntegerFormat, *, mse: bool = True) -> QuantizedWeight:
+    return quantize_nearest(weight, number_format, group_grids(weight, number_format, mse=mse))
 
 
 def test_shapes_and_dtypes() -> None:
     weight = torch.randn(6, 128)
-    found = quantize_nearest(weight, IntegerFormat(4, True, 32))
+    found = rounded(weight, IntegerFormat(4, True, 32))
     assert found.codes.shape == (6, 128) and found.codes.dtype == torch.uint8
     assert found.scales.shape == (6, 4) and found.scales.dtype == torch.float16
     assert found.zeros.shape == (6, 4) and found.group_index.tolist()[::32] == [0, 1, 2, 3]
@@ -14,7 +19,7 @@ def test_shapes_and_dtypes() -> None:
 
 def test_each_code_is_the_nearest() -> None:
     weight = torch.randn(5, 64)
-    found = quantize_nearest(weight, IntegerFormat(3, False, 32))
+    found = rounded(weight, IntegerFormat(3, False, 32))
     error = (found.dequantize() - weight).abs()
     for step in (-1, 1):
         moved = (found.codes.int() + step).clamp(0, 7)
@@ -25,12 +30,12 @@ def test_each_code_is_the_nearest() -> None:
 
 
 def test_a_row_is_one_group_without_a_size() -> None:
-    found = quantize_nearest(torch.randn(4, 96), IntegerFormat(8, True, None))
+    found = rounded(torch.randn(4, 96), IntegerFormat(8, True, None))
     assert found.scales.shape == (4, 1)
 
 
 def test_its_own_output_is_a_fixed_point() -> None:
     number_format = IntegerFormat(8, True, 32)
-    once = quantize_nearest(torch.randn(4, 64), number_format).dequantize()
-    again = quantize_nearest(once, number_format).dequantize()
+    once = rounded(torch.randn(4, 64), number_format).dequantize()
+    again = rounded(once, number_format).dequantize()
     assert float((once - again).abs().max()) <= 0.02 * float(once.abs().max())

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from infopt.core.artifact.quantized import linear_weight
 from infopt.core.artifact.read import Artifact, read_artifact
@@ -24,13 +25,17 @@ from infopt.core.errors import (
 from infopt.core.formats.number import IntegerFormat, QuantizedWeight
 from infopt.core.models.hf import load_transformers
 from infopt.core.progress import Progress
-from infopt.core.quantization.nearest import quantize_nearest
+from infopt.core.quantization.nearest import group_grids, quantize_nearest
 from infopt.core.quantization.quantize import quantize
 from infopt.core.recipe.quantize import QuantizeSettings
 from infopt.core.recipe.recipe import load_recipe
 
 CPU = torch.device("cpu")
 MakeLlama = Callable[..., Artifact]
+
+
+def rounded(weight: Tensor, number_format: IntegerFormat, *, mse: bool = True) -> QuantizedWeight:
+    return quantize_nearest(weight, number_format, group_grids(weight, number_format, mse=mse))
 
 
 def settings(calibration_file: Path, **changes: Any) -> QuantizeSettings:
@@ -75,7 +80,7 @@ def test_the_artifact_is_what_was_computed(
         assert weight.format == number_format
         original = source.tensor(f"{row.name}.weight")
         if method == "rtn":
-            nearest = quantize_nearest(original, number_format)
+            nearest = rounded(original, number_format)
             assert torch.equal(weight.codes, nearest.codes)
             assert row.error == row.rtn_error
         else:
@@ -97,6 +102,7 @@ def test_gptq_is_better_than_rounding_nearly_everywhere(
         {"group_size": "channel"},
         {"group_size": "auto"},
         {"act_order": False},
+        {"grid": "minmax"},
         {"true_sequential": False},
         {"act_order": False, "group_size": "channel", "symmetric": False},
     ],
