@@ -82,7 +82,7 @@ class Chain:
     def work(self, number: int, step: Step) -> Work:
         """What step `number` (from 1) is handed."""
         changed: dict[str, Any] = {
-            key: value
+            key: str(value) if isinstance(value, str) else value
             for key in ("device", "dtype", "seed")
             if (value := getattr(self.common, key)) is not None
             and key in type(step.settings).model_fields

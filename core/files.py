@@ -5,10 +5,11 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import platformdirs
@@ -18,24 +19,47 @@ from infopt.core.errors import ResourceError, UsageError
 MANIFEST = "manifest.json"
 """Lists the files of a directory that infopt made; only such a directory is ever replaced."""
 _CHUNK = 1 << 20
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_BROKEN = frozenset({errno.EIO, errno.EROFS})
+_REFUSED = frozenset(
+    {
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENOTEMPTY,
+        errno.EEXIST,
+        errno.ENOTDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENXIO,
+        errno.ENOLCK,
+    }
+)
+# Where the names of a process's own open files lie.
+_DESCRIPTORS = frozenset({"/dev", "/dev/fd", "/proc/self/fd"})
 
 
 @contextmanager
-def disk_faults(path: Path) -> Iterator[None]:
-    """Turn a full disk, a read-only folder or a refused permission into one line about `path`."""
+def disk_faults(path: Path, told: frozenset[int] = _FULL | _BROKEN | _REFUSED) -> Iterator[None]:
+    """Turn a full or failing disk, or a refused permission, into one line about `path`.
+
+    Of the system's errors only those in `told` are turned; others pass.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in told:
+            raise
+        if error.errno in _FULL:
             raise ResourceError(
                 f"no space left on the disk while writing {path}",
                 "nothing was changed; free some space or choose another --output",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise ResourceError(f"cannot write {path}: {error.strerror}") from error
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise ResourceError(f"cannot write {path}: {error.strerror}") from error
-        raise
+        if error.errno == errno.EIO:
+            raise ResourceError(
+                f"a disk failed while writing {path}: {error.strerror}",
+                "nothing was changed; see the system's log",
+            ) from error
+        raise ResourceError(f"cannot write {path}: {error.strerror}") from error
 
 
 def check_output(path: Path, *, replace: bool) -> None:
@@ -95,55 +119,129 @@ def fsync(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a whole file beside its place, then rename it there."""
+    """Write a whole file beside its place, then rename it there; a link stays, its target is meant.
+
+    A pipe or device gets the bytes as they are. Raises UsageError for a directory.
+    """
     data = content.encode() if isinstance(content, str) else content
     with disk_faults(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-        fsync(path.parent)
+        mode = _mode(path)
+        if stat.S_ISDIR(mode):
+            raise UsageError(f"cannot write {path}: it is a directory", "name a file")
+        if not stat.S_ISREG(mode) or str(path.parent) in _DESCRIPTORS:
+            with path.open("ab") as stream:
+                stream.write(data)
+            return
+        _replace_file(Path(os.path.realpath(path)), data)
+
+
+def _mode(path: Path) -> int:
+    """What lies at `path`, links followed; a regular file where nothing does."""
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        return stat.S_IFREG
+
+
+def _replace_file(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)
 
 
 @contextmanager
 def directory_atomically(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `path` that takes its place on success, and is removed else.
 
-    With `replace` an existing `path` is moved aside first and removed after, so that a crash
-    between the two renames leaves both beside each other, and loses nothing. See `check_output`
-    for what may be replaced.
+    With `replace` an existing `path` is moved aside first and removed after; what a killed process
+    left of either is put right by the next. See `check_output` for what may be replaced. Raises
+    UsageError if another process is writing `path`.
     """
-    path = path.resolve()  # where it is a link, the directory behind it is meant
+    path = Path(os.path.realpath(path))  # where it is a link, the directory behind it is meant
     with disk_faults(path):
         check_output(path, replace=replace)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    with _sole_writer(path):
+        temporary = _sibling(path, "tmp")
+        with disk_faults(path):
+            _put_right(path)
+            check_output(path, replace=replace)  # again: what was put right may be in the way
+            temporary.mkdir()
         try:
-            yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    fsync(file)
-            temporary.chmod(0o755)
-            _swap_in(temporary, path, replace)
+            # The caller reads as well as writes: only what must be our disk's fault is called so.
+            with disk_faults(path, _FULL | _BROKEN):
+                yield temporary
+            with disk_faults(path):
+                for file in temporary.rglob("*"):
+                    if file.is_file():
+                        fsync(file)
+                _swap_in(temporary, path, replace)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        fsync(path.parent)
+
+
+def _sibling(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.infopt.{kind}")
+
+
+@contextmanager
+def _sole_writer(path: Path) -> Iterator[None]:
+    """Hold the name `path` against other writers; the lock falls with the process that holds it."""
+    file = _sibling(path, "lock")
+    while True:
+        with disk_faults(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stream = file.open("w")
+        with stream:
+            try:
+                with disk_faults(file):
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"another infopt is writing {path}",
+                    "wait for it, or choose another --output",
+                ) from None
+            if not _still_named(file, stream.fileno()):
+                continue  # the one before us removed the file as we opened it
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    file.unlink()
+            return
+
+
+def _still_named(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _put_right(path: Path) -> None:
+    """Undo what a killed writer of `path` left; with the lock held, none of it has an owner."""
+    old, temporary = _sibling(path, "old"), _sibling(path, "tmp")
+    if old.is_dir() and not path.exists():
+        old.rename(path)
+    for left in (old, temporary):
+        if left.is_dir():
+            shutil.rmtree(left)
 
 
 def _swap_in(temporary: Path, path: Path, replace: bool) -> None:
     fsync(temporary)
     old: Path | None = None
     if path.exists() and replace:
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        old = _sibling(path, "old")
         path.rename(old)
     try:
         temporary.rename(path)
@@ -151,8 +249,10 @@ def _swap_in(temporary: Path, path: Path, replace: bool) -> None:
         if old is not None:
             old.rename(path)
         raise
+    fsync(path.parent)
     if old is not None:
-        shutil.rmtree(old)
+        # The work is done; what cannot be removed now, the next writer removes.
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:

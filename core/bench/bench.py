@@ -101,10 +101,24 @@ async def _closed_loop(
             note = f"{len(failures)} failed" if failures else ""
             progress(Progress(stage, len(samples) + len(failures), len(requests), note))
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(settings.concurrency, len(requests))):
-            group.create_task(work(waiting))
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(settings.concurrency, len(requests))):
+                group.create_task(work(waiting))
+    except ExceptionGroup as failed:
+        if (fault := _known(failed)) is None:
+            raise
+        raise fault from fault.__cause__
     return samples, failures
+
+
+def _known(failed: ExceptionGroup) -> InfoptError | None:
+    """The first fault of infopt's own in a group, at any depth."""
+    for error in failed.exceptions:
+        found = _known(error) if isinstance(error, ExceptionGroup) else error
+        if isinstance(found, InfoptError):
+            return found
+    return None
 
 
 async def _one(client: Client, request: Request, timeout: float) -> Sample | Failure:

@@ -109,7 +109,8 @@ class HttpClient:
         """Find the model's name and what the server tells of it."""
         try:
             response = await self._http.get(f"{self.url}/v1/models", timeout=CONNECT_SECONDS)
-            listed = response.json()["data"] if response.status_code == 200 else []
+            status = response.status_code
+            listed = response.json()["data"] if status == 200 else []
         except httpx.HTTPError as error:
             raise EngineError(
                 f"no server answers at {self.url}: {str(error) or type(error).__name__}",
@@ -119,8 +120,9 @@ class HttpClient:
             listed = []
         entries = [entry for entry in listed if isinstance(entry, dict)]
         if self.model is None and not entries:
+            reason = "lists no model" if status == 200 else f"answers with HTTP {status}"
             raise EngineError(
-                f"{self.url}/v1/models lists no model", "is it an OpenAI-compatible server?"
+                f"{self.url}/v1/models {reason}", "is it an OpenAI-compatible server?"
             )
         self.model = self.model or str(entries[0].get("id"))
         for entry in entries:
@@ -177,8 +179,14 @@ class _Refused(EngineError):
 
 
 def _base(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises where it is out of range
+        httpx.URL(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except (ValueError, httpx.InvalidURL):
+        valid = False
+    if not valid:
         raise UsageError(f"not the URL of a server: {url!r}", "such as http://127.0.0.1:8000")
     return url.rstrip("/").removesuffix("/v1")
 
@@ -194,6 +202,8 @@ def _said(body: bytes) -> str:
     try:
         return _reason(json.loads(text))
     except ValueError:
+        if text.lstrip().startswith("<"):  # a page for people
+            return "the server did not answer as an OpenAI server"
         return " ".join(text.split())[:200] or "no reason given"
 
 

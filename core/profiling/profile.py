@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from infopt.core.artifact.read import Artifact
+from infopt.core.errors import UsageError
 from infopt.core.hardware.calibration import load_calibration
 from infopt.core.hardware.choose import choose_device, choose_dtype
 from infopt.core.hardware.probe import Machine, probe
@@ -60,14 +61,15 @@ def profile(
     """Count, and with `settings.mfu` or `mbu` measure, prefill and decode; the caller fills `made`.
 
     Without them no torch is imported and no weight read. Decode is measured at its longest
-    context, prompt and output together. `peaks` stands in for those of the device.
+    context, prompt and output together. `peaks` stands in for those of the device. Raises
+    UsageError if that context exceeds the model's positions.
     """
     assert runner is not None or not (settings.mfu or settings.mbu), "measuring needs a runner"
     config, machine = ModelConfig.from_hf(artifact.config), probe()
     device = choose_device(settings.device)
     dtype = runner.dtype if runner else choose_dtype(settings.dtype, device)
     static = _static(artifact, config, settings, device, dtype, machine)
-    warnings = _static_warnings(static, config)
+    warnings = _static_warnings(static)
     report = ProfileReport(
         model=artifact.summary(), provenance=_STATIC_ORIGINS, warnings=warnings, static=static
     )
@@ -233,12 +235,19 @@ def _static(
     dtype: str,
     machine: Machine,
 ) -> StaticProfile:
+    context = settings.prompt_tokens + settings.output_tokens
+    if context > config.max_positions:
+        raise UsageError(
+            f"{settings.prompt_tokens} prompt and {settings.output_tokens} output tokens exceed "
+            f"the model's {config.max_positions} positions",
+            "lower --prompt-tokens or --output-tokens",
+        )
     return static_profile(
         config,
         dtype=dtype,
         batch=settings.batch,
         prompt_tokens=settings.prompt_tokens,
-        context=settings.prompt_tokens + settings.output_tokens,
+        context=context,
         device_memory=machine.gpus[0].memory_bytes
         if device == "cuda"
         else machine.memory_total_bytes,
@@ -252,13 +261,10 @@ def _name(device: str, machine: Machine) -> str:
     return machine.gpus[0].name if device == "cuda" else machine.cpu
 
 
-def _static_warnings(static: StaticProfile, config: ModelConfig) -> tuple[str, ...]:
-    found = []
-    if static.context > config.max_positions:
-        found.append(f"{static.context} tokens exceed the model's {config.max_positions} positions")
-    if not static.fits:
-        found.append("the model does not fit into the device's memory at this batch and context")
-    return tuple(found)
+def _static_warnings(static: StaticProfile) -> tuple[str, ...]:
+    if static.fits:
+        return ()
+    return ("the model does not fit into the device's memory at this batch and context",)
 
 
 def _weight_warning(static: StaticProfile, runner: Runner) -> tuple[str, ...]:

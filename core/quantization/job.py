@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 import torch
+from torch import nn
 
 from infopt.core.artifact.read import Artifact
 from infopt.core.compression.targets import (
@@ -19,6 +20,7 @@ from infopt.core.formats.gptq import MULTIPLE
 from infopt.core.formats.number import IntegerFormat
 from infopt.core.hardware.choose import choose_device, choose_dtype
 from infopt.core.hardware.probe import probe
+from infopt.core.models.hf import blocks as model_blocks
 from infopt.core.models.hf import resolve, skeleton
 from infopt.core.recipe.quantize import QuantizeSettings
 
@@ -34,6 +36,8 @@ class Job:
     blocks: tuple[TargetBlock, ...]
     stored: dict[str, str]
     """The artifact's name of each target's weight, to the target's name in the model."""
+    ignored: tuple[str, ...]
+    """Linear layers of the blocks that stay as they are."""
     number_format: IntegerFormat
     dtype: torch.dtype
     device: torch.device
@@ -71,7 +75,16 @@ def resolve_job(artifact: Artifact, settings: QuantizeSettings) -> Job:
     require_multiple(targets, MULTIPLE, "the gptq format")
     number_format = IntegerFormat(settings.bits, settings.symmetric, group_size)
     stored = {resolve(model, artifact, f"{t.name}.weight")[0]: t.name for t in targets}
-    return Job(artifact, settings, blocks, stored, number_format, dtype, torch.device(device))
+    names = {target.name for target in targets}
+    ignored = tuple(
+        f"{prefix}.{local}"
+        for prefix, block in model_blocks(model)
+        for local, module in block.named_modules()
+        if isinstance(module, nn.Linear) and f"{prefix}.{local}" not in names
+    )
+    return Job(
+        artifact, settings, blocks, stored, ignored, number_format, dtype, torch.device(device)
+    )
 
 
 def keep_bytes(device: torch.device) -> int:

@@ -1,6 +1,7 @@
 """The quantized artifact: its tensors, its configs, and the proof that it is what was computed."""
 
 import json
+import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -84,7 +85,7 @@ def quantization_table(job: Job) -> dict[str, Any]:
             "static_groups": settings.act_order,
             "true_sequential": settings.true_sequential,
         }
-    return {
+    table: dict[str, Any] = {
         "bits": settings.bits,
         "group_size": job.number_format.group_size or -1,
         "desc_act": False,
@@ -97,6 +98,12 @@ def quantization_table(job: Job) -> dict[str, Any]:
         "pack_dtype": "int32",
         "meta": meta,
     }
+    if job.ignored:
+        # What must not be taken for quantized: gptqmodel, vLLM and SGLang look into the first,
+        # transformers (optimum) into the second.
+        table["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in job.ignored}
+        table["modules_in_block_to_quantize"] = [[target.name for target in job.targets]]
+    return table
 
 
 def _tensors(job: Job, checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:

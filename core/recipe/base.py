@@ -2,19 +2,26 @@
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 from pydantic_core import ErrorDetails
 
 from infopt.core.errors import RecipeError
 
 
 class Settings(BaseModel):
-    """Frozen settings of one step: every key is known, every value is checked."""
+    """Frozen settings of one step: every key is known, every value has its type already.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    So `yes` in quotes is no boolean, and 4.5 no whole number; whole numbers are floats too.
+    """
 
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Words = Annotated[tuple[str, ...], Strict(False)]
+"""YAML's lists are tuples here."""
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 S = TypeVar("S", bound=Settings)
 

@@ -4,15 +4,16 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from infopt.core.recipe.base import Settings
+from infopt.core.recipe.base import Seed, Settings
 from infopt.core.recipe.text import Device, DType
 
 
 def _fraction(value: Any) -> Any:
     """`2%` and `0.02` are the same share."""
-    if isinstance(value, str) and value.strip().endswith("%"):
+    if isinstance(value, str):
+        word = value.strip()
         try:
-            return float(value.strip()[:-1]) / 100
+            return float(word[:-1]) / 100 if word.endswith("%") else float(word)
         except ValueError:
             raise ValueError("a share is a number or a percentage, such as 2%") from None
     return value
@@ -37,4 +38,4 @@ class EvaluateSettings(Settings):
     """Fail if perplexity exceeds the baseline's by more than this share."""
     device: Device = "auto"
     dtype: DType = "auto"
-    seed: int = 0
+    seed: Seed = 0

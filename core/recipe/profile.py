@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from infopt.core.recipe.base import Settings
+from infopt.core.recipe.base import Seed, Settings
 from infopt.core.recipe.text import Device, DType
 
 
@@ -20,4 +20,4 @@ class ProfileSettings(Settings):
     repeats: int = Field(default=5, ge=1)
     device: Device = "auto"
     dtype: DType = "auto"
-    seed: int = 0
+    seed: Seed = 0

@@ -4,10 +4,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from infopt.core.recipe.base import Settings
+from infopt.core.recipe.base import Seed, Settings, Words
 from infopt.core.recipe.text import CalibrationSettings, Device, DType
 
-GroupSize = int | Literal["auto", "channel"]
+GroupSize = Literal[32, 64, 128, "channel", "auto"]
 
 
 class QuantizeSettings(Settings):
@@ -27,23 +27,16 @@ class QuantizeSettings(Settings):
     """Share of the mean Hessian diagonal added to it (gptq only)."""
     true_sequential: bool = True
     """Within a block: q/k/v, o, gate/up, down in turn, each seeing those before it quantized."""
-    ignore: tuple[str, ...] = ("lm_head",)
+    ignore: Words = ("lm_head",)
     """Linear layers left as they are: full names, or patterns with * and ?."""
     calibration: CalibrationSettings = CalibrationSettings()
     format: Literal["gptq"] = "gptq"
     device: Device = "auto"
     dtype: DType = "auto"
     """The dtype of the calibration's forward passes; Hessians are float32 always."""
-    seed: int = 0
+    seed: Seed = 0
 
     @field_validator("method", mode="before")
     @classmethod
     def _aliases(cls, value: object) -> object:
         return "gptq" if value in ("auto-gptq", "auto_gptq") else value
-
-    @field_validator("group_size", mode="after")
-    @classmethod
-    def _known_group_size(cls, value: GroupSize) -> GroupSize:
-        if isinstance(value, int) and value not in (32, 64, 128):
-            raise ValueError("a group size is 32, 64, 128, 'channel' or 'auto'")
-        return value

@@ -1,11 +1,12 @@
 """A recipe: an ordered list of steps with their settings."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import AfterValidator
 
 from infopt.core.errors import RecipeError
 from infopt.core.recipe.base import Settings, nearest, validated
@@ -26,6 +27,15 @@ WRITING = frozenset({"quantize"})
 """The verbs that write an artifact, and so can be given an `output`."""
 
 
+def _component(name: str) -> str:
+    if not name.strip() or "/" in name or "\0" in name or name in (".", ".."):
+        raise ValueError("a name is that of one folder, not a path")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_component)]
+
+
 class Step(Settings):
     """One verb with its settings; `model` and `output` say what it reads and writes."""
 
@@ -33,13 +43,13 @@ class Step(Settings):
     settings: Settings
     model: str | None = None
     """An artifact, or the `output` of an earlier step; default: the newest artifact so far."""
-    output: str | None = None
+    output: FolderName | None = None
 
 
 class Recipe(Settings):
     """Steps in their order."""
 
-    name: str
+    name: FolderName
     description: str = ""
     model: str | None = None
     steps: tuple[Step, ...]
@@ -57,13 +67,33 @@ def find_recipe(word: str) -> Path:
     raise RecipeError(f"there is no recipe {word}", nearest(word, list(shipped)))
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, where YAML would silently take the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                mark = key.start_mark
+                raise RecipeError(
+                    f"the key {key.value!r} is there twice, again in line {mark.line + 1} "
+                    f"of {mark.name}"
+                )
+            seen.add(key.value)
+        return node
+
+
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe from a YAML file; raises RecipeError naming file, step and key."""
     try:
-        content = yaml.safe_load(path.read_text())
+        with path.open("rb") as stream:
+            content = yaml.load(stream, _Loader)
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, and the like
         reason = " ".join(str(error).split())
         raise RecipeError(f"the recipe {path} is not valid YAML: {reason}") from None
     return parse_recipe(content, str(path))
@@ -83,8 +113,22 @@ def parse_recipe(content: object, where: str) -> Recipe:
             f"{where} has no steps", "write 'steps:' and a list such as '- quantize: {bits: 4}'"
         )
     parsed = tuple(_parse_step(step, f"{where}, step {i}") for i, step in enumerate(steps, 1))
+    _each_its_own_output(parsed, where)
     rest = {key: value for key, value in content.items() if key != "steps"}
     return validated(Recipe, {"name": Path(where).stem, **rest, "steps": parsed}, where)
+
+
+def _each_its_own_output(steps: Sequence[Step], where: str) -> None:
+    writers: dict[str, int] = {}
+    for number, step in enumerate(steps, 1):
+        if step.output is None:
+            continue
+        if step.output in writers:
+            raise RecipeError(
+                f"steps {writers[step.output]} and {number} of {where} both write {step.output!r}",
+                "give each an output of its own",
+            )
+        writers[step.output] = number
 
 
 def _parse_step(step: object, where: str) -> Step:

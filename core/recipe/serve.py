@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from infopt.core.recipe.base import Settings
+from infopt.core.recipe.base import Seed, Settings, Words
 from infopt.core.recipe.text import Device, DType
 
 
@@ -21,7 +21,7 @@ class EngineSettings(Settings):
     """Longest prompt plus output; default: the model's own limit."""
     device: Device = "auto"
     dtype: DType = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
 
 class ServeSettings(EngineSettings):
@@ -31,5 +31,5 @@ class ServeSettings(EngineSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     model_name: str | None = None
     """The name that clients ask for; default: the artifact's own."""
-    ask: tuple[str, ...] = ()
+    ask: Words = ()
     """Start, ask these as chats, stop; in a run, the server stays up for the steps that follow."""

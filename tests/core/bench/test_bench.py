@@ -154,3 +154,15 @@ def test_progress(mock: Any) -> None:
     settings = BenchSettings(requests=3, concurrency=2, prompt_tokens=4, output_tokens=3)
     bench(HttpClient(server.url), settings, target="x", progress=seen.append)
     assert [(p.done, p.total) for p in seen if p.stage == "benching"] == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("fault", [EngineError("the screen is gone"), OSError("a pipe broke")])
+def test_a_fault_of_ours_comes_without_its_group(mock: Any, fault: Exception) -> None:
+    def progress(_: Progress) -> None:
+        raise fault
+
+    server = mock(steady(mock, first=0.0, each=0.0, tokens=3))
+    expected = type(fault) if isinstance(fault, EngineError) else ExceptionGroup
+    with pytest.raises(expected) as caught:
+        bench(HttpClient(server.url), BenchSettings(requests=2), target="x", progress=progress)
+    assert caught.value is fault or fault in caught.value.exceptions

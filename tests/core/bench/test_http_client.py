@@ -109,7 +109,7 @@ def test_missing_usage(mock: Any, missing: dict[str, Any]) -> None:
         ([b"data: [1]\n\n"], "not an object"),
         ([b'data: {"choices": [{"text": "a"}]}\n\n'], "ended before the answer did"),
         ((500, b'{"error": {"message": "no engine"}}'), "HTTP 500: no engine"),
-        ((502, b"<html>bad\n gateway</html>"), "HTTP 502: <html>bad gateway</html>"),
+        ((502, b"<html>bad\n gateway</html>"), "HTTP 502: the server did not answer as an OpenAI"),
     ],
 )
 def test_failures_are_failures_even_under_200(mock: Any, script: Any, reason: str) -> None:
@@ -160,7 +160,18 @@ def test_nobody_there() -> None:
         collect(url)
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", ""])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8000",
+        "ftp://host",
+        "",
+        "http://[::1",
+        "http://127.0.0.1:99999",
+        "http://127.0.0.1:x",
+        "http://:80",
+    ],
+)
 def test_not_a_url(url: str) -> None:
     with pytest.raises(UsageError, match="not the URL of a server"):
         HttpClient(url)

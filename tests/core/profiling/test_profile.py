@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from infopt.core.artifact.read import Artifact, read_artifact
+from infopt.core.errors import UsageError
 from infopt.core.profiling import peaks as peaks_module
 from infopt.core.profiling.peaks import KnownPeaks
 from infopt.core.profiling.profile import plan_profile, profile
@@ -181,9 +182,11 @@ def test_unsteady_runs_are_told(artifact: Artifact) -> None:
     assert "times the fastest" in report.warnings[0]
 
 
-def test_a_context_beyond_the_positions_is_told(artifact: Artifact) -> None:
-    report = profile(artifact, settings(prompt_tokens=300))
-    assert "308 tokens exceed the model's 256 positions" in report.warnings
+def test_a_context_beyond_the_positions_is_refused(artifact: Artifact) -> None:
+    assert profile(artifact, settings(prompt_tokens=248)).static.context == 256
+    for door in (profile, plan_profile):
+        with pytest.raises(UsageError, match=r"249 prompt and 8 output tokens exceed .* 256"):
+            door(artifact, settings(prompt_tokens=249))
 
 
 def test_the_runtime_is_a_runner(artifact: Artifact) -> None:
@@ -204,8 +207,8 @@ from infopt.core.artifact.read import read_artifact
 from infopt.core.profiling.profile import plan_profile, profile
 from infopt.core.recipe.profile import ProfileSettings
 artifact = read_artifact(Path({str(artifact.path)!r}))
-profile(artifact, ProfileSettings(device="cpu"))
-plan_profile(artifact, ProfileSettings(device="cpu", mfu=True))
+profile(artifact, ProfileSettings(device="cpu", prompt_tokens=40))
+plan_profile(artifact, ProfileSettings(device="cpu", prompt_tokens=40, mfu=True))
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

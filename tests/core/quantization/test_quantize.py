@@ -152,6 +152,10 @@ def test_ignored_layers_stay_as_they_are(
     written = read_artifact(tmp_path / "out")
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(written.tensor(name), source.tensor(name))
+    table = written.config["quantization_config"]
+    assert len(table["dynamic"]) == 7
+    assert "-:^model\\.layers\\.0\\.mlp\\.up_proj$" in table["dynamic"]
+    assert len(table["modules_in_block_to_quantize"][0]) == 7
     load_transformers(written, torch.float32, CPU)
 
 

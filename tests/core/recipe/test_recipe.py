@@ -1,13 +1,16 @@
 """Recipes: what is right is read as it was said, and what is wrong is told in one line."""
 
+from enum import StrEnum
 from pathlib import Path
 
 import pytest
 
 from infopt.core.errors import RecipeError
+from infopt.core.recipe.bench import BenchSettings
 from infopt.core.recipe.evaluate import EvaluateSettings
 from infopt.core.recipe.quantize import QuantizeSettings
 from infopt.core.recipe.recipe import dump_recipe, find_recipe, load_recipe, parse_recipe
+from infopt.core.recipe.text import CalibrationSettings
 
 
 def steps(*items: object) -> dict[str, object]:
@@ -45,6 +48,30 @@ def test_a_recipe_keeps_the_order_of_its_steps() -> None:
         (["quantize"], ["not a recipe"]),
         (steps({"quantize": 4}), ["mapping"]),
         (steps({"quantize": {}, "bench": {}}), ["not a step"]),
+        (steps({"quantize": {"symmetric": "yes"}}), ["symmetric", "boolean", "'yes'"]),
+        (steps({"evaluate": {"chat": 1}}), ["chat", "boolean"]),
+        (steps({"quantize": {"bits": "4"}}), ["bits", "'4'"]),
+        (steps({"quantize": {"group_size": "32"}}), ["group_size", "'32'"]),
+        (steps({"quantize": {"calibration": {"samples": "8"}}}), ["calibration.samples", "'8'"]),
+        (steps({"quantize": {"damp_percent": "0.1"}}), ["damp_percent", "'0.1'"]),
+        (steps({"quantize": {"ignore": "lm_head"}}), ["ignore", "'lm_head'"]),
+        (steps({"serve": {"ask": [1]}}), ["ask.0", "string"]),
+        (steps({"bench": {"requests": 4.0}}), ["requests", "integer"]),
+        (steps({"bench": {"requests": True}}), ["requests", "integer"]),
+        (steps({"bench": {"timeout": float("nan")}}), ["timeout", "finite"]),
+        *(
+            (steps({verb: {"seed": -5}}), ["seed", "-5", f"step 1 ({verb})"])
+            for verb in ("quantize", "evaluate", "profile", "serve", "bench")
+        ),
+        *(
+            (steps({"quantize": {"output": output}}), ["output", "one folder", "step 1"])
+            for output in ("", " ", ".", "..", "a/b", "/tmp/a", "../a")
+        ),
+        ({"name": "../x", "steps": ["bench"]}, ["name", "one folder", "r.yaml"]),
+        (
+            steps({"quantize": {"output": "a"}}, "evaluate", {"quantize": {"output": "a"}}),
+            ["steps 1 and 3", "r.yaml", "'a'"],
+        ),
     ],
 )
 def test_a_mistake_is_told_with_its_place(content: object, words: list[str]) -> None:
@@ -88,6 +115,31 @@ def test_shares_are_numbers_or_percentages() -> None:
         parse_recipe(steps({"evaluate": {"max_ppl_increase": "much%"}}), "r.yaml")
 
 
+def test_what_the_command_line_passes_is_taken() -> None:
+    class Word(StrEnum):
+        auto = "auto"
+        cpu = "cpu"
+        alias = "auto-gptq"
+
+    found = QuantizeSettings.model_validate(
+        {
+            "method": Word.alias,
+            "device": Word.cpu,
+            "group_size": Word.auto,
+            "ignore": ("a",),
+            "calibration": {"samples": 2},
+            "symmetric": False,
+        }
+    )
+    assert found == QuantizeSettings(
+        device="cpu",
+        ignore=("a",),
+        calibration=CalibrationSettings(samples=2),
+        symmetric=False,
+    )
+    assert BenchSettings.model_validate({"timeout": 5}).timeout == 5.0
+
+
 def test_auto_gptq_is_an_alias() -> None:
     assert QuantizeSettings.model_validate({"method": "auto-gptq"}).method == "gptq"
 
@@ -98,6 +150,27 @@ def test_a_file_that_is_not_yaml_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"not valid YAML") as caught:
         load_recipe(file)
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_said_twice_is_told_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "twice.yaml"
+    file.write_text("steps:\n- quantize:\n    bits: 4\n    method: rtn\n    bits: 8\n")
+    with pytest.raises(RecipeError, match=r"'bits' is there twice, again in line 5 of .*twice"):
+        load_recipe(file)
+
+
+def test_merged_keys_may_be_overridden(tmp_path: Path) -> None:
+    file = tmp_path / "merged.yaml"
+    file.write_text("steps:\n- quantize: &q {bits: 4}\n- quantize: {<<: *q, bits: 8}\n")
+    bits = [step.settings.model_dump()["bits"] for step in load_recipe(file).steps]
+    assert bits == [4, 8]
+
+
+def test_a_date_that_is_none_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "date.yaml"
+    file.write_text("name: 2024-99-99\n")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(file)
 
 
 def test_shipped_recipes_are_found_by_name(tmp_path: Path) -> None:
