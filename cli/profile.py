@@ -66,6 +66,7 @@ def profile(
 def perform(work: "Work") -> "Report":
     from infopt.core.profiling.profile import profile as door
 
+    plan(work)  # what cannot be is told before the weights are loaded
     runner = None
     if work.settings.mfu or work.settings.mbu:
         from infopt.core.recipe.serve import EngineSettings

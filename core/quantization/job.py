@@ -24,6 +24,8 @@ from infopt.core.models.hf import blocks as model_blocks
 from infopt.core.models.hf import resolve, skeleton
 from infopt.core.recipe.quantize import QuantizeSettings
 
+BATCH_TOKENS = 4096
+"""Calibration tokens that go through a block at once."""
 _KEPT_SHARE = 0.25
 
 

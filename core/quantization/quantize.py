@@ -18,14 +18,13 @@ from infopt.core.formats.gptq import to_gptq
 from infopt.core.progress import Progress, ProgressCallback, silent
 from infopt.core.quantization.block import quantize_block
 from infopt.core.quantization.checkpoint import Checkpoint, open_checkpoint
-from infopt.core.quantization.job import Job, keep_bytes, resolve_job
+from infopt.core.quantization.job import BATCH_TOKENS, Job, keep_bytes, resolve_job
 from infopt.core.quantization.output import compare_with_disk, publish, stage_artifact
 from infopt.core.quantization.plan import check_disk
 from infopt.core.recipe.quantize import QuantizeSettings
 from infopt.core.reports.quantize import QuantizeReport
 from infopt.core.reports.schema import Origin
 
-BATCH_TOKENS = 4096
 _PROBE_TOKENS = 64
 _PROVENANCE: dict[str, Origin] = {
     "bits_per_weight": "computed",

@@ -67,12 +67,16 @@ def test_a_pipe_gets_the_bytes(tmp_path: Path) -> None:
 
 
 def test_devices_stay_devices(tmp_path: Path) -> None:
-    link = tmp_path / "null"
-    link.symlink_to(os.devnull)
-    for path in (Path(os.devnull), link):
-        write_atomically(path, "gone")
-        assert path.is_char_device()
+    """On a terminal's file system nothing can be renamed: a failure costs no device of ours."""
+    ours, theirs = os.openpty()
+    device, link = Path(os.ttyname(theirs)), tmp_path / "device"
+    link.symlink_to(device)
+    for path in (device, link):
+        write_atomically(path, "line")
+        assert path.is_char_device() and os.read(ours, 100) == b"line"
     assert link.is_symlink()
+    os.close(ours)
+    os.close(theirs)
 
 
 @pytest.mark.parametrize("stdout", ["pipe", "file"])
@@ -81,7 +85,7 @@ def test_standard_output_by_its_name(tmp_path: Path, stdout: str) -> None:
 from pathlib import Path
 from infopt.core.files import write_atomically
 print("before", flush=True)
-write_atomically(Path("/dev/stdout"), "report")
+write_atomically(Path("/proc/self/fd/1"), "report")  # what /dev/stdout is
 """
     file = tmp_path / "out"
     with file.open("wb") as stream:
