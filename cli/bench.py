@@ -41,6 +41,11 @@ def bench(
             "--timeout", help="Seconds after which a request has failed.", show_default="600"
         ),
     ] = None,
+    block_size: opt.BlockSize = None,
+    kv_blocks: opt.KvBlocks = None,
+    max_batch_tokens: opt.MaxBatchTokens = None,
+    max_running: opt.MaxRunning = None,
+    max_model_len: opt.MaxModelLen = None,
     recipe: opt.RecipeFile = None,
     output: opt.ReportOutput = None,
     device: opt.DeviceOption = None,
@@ -59,12 +64,7 @@ def bench(
     from infopt.cli.verb import run_verb
     from infopt.core.errors import UsageError
 
-    if url is not None and (device is not None or dtype is not None):
-        raise UsageError(
-            "--device and --dtype are the server's to choose", "leave them out with --url"
-        )
-
-    given: dict[str, Any] = {
+    load: dict[str, Any] = {
         "url": url,
         "requests": requests,
         "concurrency": concurrency,
@@ -73,10 +73,22 @@ def bench(
         "warmup": warmup,
         "timeout": timeout,
     }
+    engine: dict[str, Any] = {
+        "block_size": block_size,
+        "kv_blocks": kv_blocks,
+        "max_batch_tokens": max_batch_tokens,
+        "max_running": max_running,
+        "max_model_len": max_model_len,
+    }
     common = opt.Common(
         recipe, output, device, dtype, seed, json, quiet, yes, dry_run, trust_remote_code
     )
-    run_verb("bench", model, given, common, perform, plan)
+    asked = [key for key, value in engine.items() if value is not None]
+    asked += [key for key in ("device", "dtype") if getattr(common, key) is not None]
+    if url is not None and asked:
+        option = asked[0].replace("_", "-")
+        raise UsageError(f"--{option} is the server's to choose", "leave it out with --url")
+    run_verb("bench", model, load | engine, common, perform, plan)
 
 
 def perform(work: "Work") -> "Report":

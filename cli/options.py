@@ -74,6 +74,26 @@ TrustRemoteCode = Annotated[
     typer.Option("--trust-remote-code", help="Allow a model directory that brings its own code."),
 ]
 
+BlockSize = Annotated[
+    int | None,
+    typer.Option("--block-size", help="Token slots per KV block.", show_default="16"),
+]
+KvBlocks = Annotated[
+    int | None,
+    typer.Option("--kv-blocks", help="Blocks in the KV pool.", show_default="what fits"),
+]
+MaxBatchTokens = Annotated[
+    int | None,
+    typer.Option("--max-batch-tokens", help="Tokens computed in one step.", show_default="512"),
+]
+MaxRunning = Annotated[
+    int | None, typer.Option("--max-running", help="Requests in one step.", show_default="32")
+]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option("--max-model-len", help="Longest prompt plus output.", show_default="the model's"),
+]
+
 
 @dataclass(frozen=True)
 class Common:

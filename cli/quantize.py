@@ -34,6 +34,15 @@ class GroupSize(StrEnum):
     hundred_twenty_eight = "128"
 
 
+class GridWord(StrEnum):
+    mse = "mse"
+    minmax = "minmax"
+
+
+class Format(StrEnum):
+    gptq = "gptq"
+
+
 def quantize(
     model: opt.Model = None,
     method: Annotated[
@@ -56,6 +65,18 @@ def quantize(
         typer.Option(
             "--sym/--asym", help="Symmetric grid, or one with a zero point.", show_default="sym"
         ),
+    ] = None,
+    grid: Annotated[
+        GridWord | None,
+        typer.Option(
+            "--grid",
+            help="Scales of least squared error, or of the least and the largest weight.",
+            show_default="mse",
+        ),
+    ] = None,
+    format: Annotated[
+        Format | None,
+        typer.Option("--format", help="The checkpoint format.", show_default="gptq"),
     ] = None,
     act_order: Annotated[
         bool | None,
@@ -148,6 +169,8 @@ def quantize(
         "bits": int(bits) if bits else None,
         "group_size": _group_size(group_size),
         "symmetric": symmetric,
+        "grid": grid,
+        "format": format,
         "act_order": act_order,
         "damp_percent": damp_percent,
         "true_sequential": true_sequential,
@@ -174,14 +197,18 @@ def perform(work: "Work") -> "Report":
     """Quantize, and keep the report beside the weights."""
     from infopt.core.quantization.quantize import quantize as door
 
-    return door(
-        work.artifact,
-        output_of(work),
-        work.settings,
-        resume=work.resume,
-        replace=work.replace,
-        progress=work.screen.progress,
-    )
+    try:
+        return door(
+            work.artifact,
+            output_of(work),
+            work.settings,
+            resume=work.resume,
+            replace=work.replace,
+            progress=work.screen.progress,
+        )
+    except KeyboardInterrupt:
+        work.screen.note("finished blocks are kept: the same command with --resume goes on")
+        raise
 
 
 def plan(work: "Work") -> "Plan":

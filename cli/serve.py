@@ -26,27 +26,11 @@ def serve(
             "--model-name", help="The name that clients ask for.", show_default="the artifact's"
         ),
     ] = None,
-    block_size: Annotated[
-        int | None,
-        typer.Option("--block-size", help="Token slots per KV block.", show_default="16"),
-    ] = None,
-    kv_blocks: Annotated[
-        int | None,
-        typer.Option("--kv-blocks", help="Blocks in the KV pool.", show_default="what fits"),
-    ] = None,
-    max_batch_tokens: Annotated[
-        int | None,
-        typer.Option("--max-batch-tokens", help="Tokens computed in one step.", show_default="512"),
-    ] = None,
-    max_running: Annotated[
-        int | None, typer.Option("--max-running", help="Requests in one step.", show_default="32")
-    ] = None,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            "--max-model-len", help="Longest prompt plus output.", show_default="the model's"
-        ),
-    ] = None,
+    block_size: opt.BlockSize = None,
+    kv_blocks: opt.KvBlocks = None,
+    max_batch_tokens: opt.MaxBatchTokens = None,
+    max_running: opt.MaxRunning = None,
+    max_model_len: opt.MaxModelLen = None,
     ask: Annotated[
         list[str] | None,
         typer.Option(
