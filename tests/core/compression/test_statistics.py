@@ -22,12 +22,14 @@ def test_the_hessian_is_the_mean_of_the_outer_products(columns: int) -> None:
 
 
 def test_bfloat16_inputs_are_summed_in_float32() -> None:
-    inputs = torch.randn(4096, 8).to(torch.bfloat16)
+    inputs = torch.randn(4096, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     hessian = torch.zeros(8, 8)
     accumulate_hessian(hessian, inputs, 0)
     rows = inputs.double()
     expected = 2 * rows.T @ rows / 4096
-    assert float((complete_hessian(hessian) - expected).abs().max()) < 1e-5
+    # How far float32 may stray depends on the order of the sum, which differs among libraries and
+    # threads: up to 4096 roundings of 2^-24, some 6e-5 for random ones. bfloat16 strays by 1e-2.
+    assert float((complete_hessian(hessian) - expected).abs().max()) < 1e-4
 
 
 def test_the_error_is_that_of_the_outputs() -> None:
