@@ -90,10 +90,15 @@ def differing(made: dict[str, list[int]], wanted: list[list[int]]) -> list[int]:
     return [n for n, tokens in enumerate(wanted) if made[str(n)] != tokens]
 
 
+@pytest.mark.parametrize("block_size", [1, 16])
 def test_alone(
-    default_artifact: Artifact, decoder: Any, prompts: list[list[int]], wanted: list[list[int]]
+    block_size: int,
+    default_artifact: Artifact,
+    decoder: Any,
+    prompts: list[list[int]],
+    wanted: list[list[int]],
 ) -> None:
-    engine = engine_on(default_artifact, decoder)
+    engine = engine_on(default_artifact, decoder, block_size=block_size)
     made: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
         engine.add(str(index), prompt, GREEDY)
