@@ -74,10 +74,6 @@ def seconds(value: float) -> str:
     return f"{value:.3g} s" if value < 120 else f"{value / 60:.1f} min"
 
 
-def _rate(value: float, unit: str) -> str:
-    return f"{size(value).removesuffix('B').rstrip()}{unit}"
-
-
 def _name(report: Report) -> str:
     return report.model.name if report.model else "?"
 
