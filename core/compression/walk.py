@@ -89,6 +89,16 @@ class Walk:
         assert isinstance(found, nn.Linear)
         return found
 
+    @property
+    def block(self) -> nn.Module:
+        """The loaded block."""
+        return self._blocks[self.position]
+
+    @torch.no_grad()
+    def run_probe(self) -> Tensor:
+        """What the loaded block makes of the probe, as its weights are now."""
+        return self._forward(0)
+
     @torch.no_grad()
     def input_groups(self, targets: Sequence[Target]) -> list[tuple[str, ...]]:
         """The targets of the loaded block by the input that they share, in order of their calls.
