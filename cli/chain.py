@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infopt.cli import bench, evaluate, profile, quantize, serve
+from infopt.cli import bench, convert, evaluate, profile, quantize, serve
 from infopt.cli.kept import kept, key_of, prepare, remember
 from infopt.cli.options import Common
 from infopt.cli.screen import Screen
@@ -35,12 +35,14 @@ if TYPE_CHECKING:
 
 PERFORM: dict[str, Perform] = {
     "quantize": quantize.perform,
+    "convert": convert.perform,
     "evaluate": evaluate.perform,
     "profile": profile.perform,
     "bench": bench.perform,
 }
 PLAN: dict[str, Planner] = {
     "quantize": quantize.plan,
+    "convert": convert.plan_step,
     "evaluate": evaluate.plan,
     "profile": profile.plan,
     "serve": serve.plan,

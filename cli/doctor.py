@@ -82,8 +82,8 @@ def _default_model(screen: "Screen") -> "DefaultModel":
 
 
 def _machine(machine: "Machine") -> list["Finding"]:
-    from infopt.cli.summary import size
     from infopt.core.reports.doctor import Finding
+    from infopt.core.reports.words import size
 
     isa = ", ".join(machine.isa) or "no vector instructions known"
     rows = [

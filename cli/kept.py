@@ -11,6 +11,7 @@ from infopt.cli.verb import Work
 from infopt.core.errors import UsageError
 from infopt.core.files import write_atomically
 from infopt.core.reports.bench import BenchReport
+from infopt.core.reports.convert import ConvertReport
 from infopt.core.reports.evaluate import EvaluateReport
 from infopt.core.reports.profile import ProfileReport
 from infopt.core.reports.quantize import QuantizeReport
@@ -21,6 +22,7 @@ _MARK = {"made_by": "infopt", "what": "a run"}
 # A served step is done again: its server is gone.
 KEPT: dict[str, type[Report]] = {
     "quantize": QuantizeReport,
+    "convert": ConvertReport,
     "evaluate": EvaluateReport,
     "profile": ProfileReport,
     "bench": BenchReport,

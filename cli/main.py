@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from infopt.cli import bench, doctor, evaluate, profile, quantize, run, serve
+from infopt.cli import bench, convert, doctor, evaluate, profile, quantize, run, serve
 from infopt.cli.screen import plain_error, plain_line
 from infopt.core.errors import InfoptError
 
@@ -27,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("quantize")(quantize.quantize)
+app.command("convert")(convert.convert)
 app.command("evaluate")(evaluate.evaluate)
 app.command("profile")(profile.profile)
 app.command("serve")(serve.serve)

@@ -73,6 +73,31 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Allow a model directory that brings its own code."),
 ]
+CalibrationText = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="TEXT",
+        help="Calibration text: default, shakespeare, a .txt or .jsonl file, "
+        "or hub:NAME[/CONFIG]:SPLIT:COLUMN.",
+        show_default="default",
+    ),
+]
+Samples = Annotated[
+    int | None, typer.Option("--samples", help="Calibration windows.", show_default="128")
+]
+SequenceLength = Annotated[
+    int | None,
+    typer.Option("--sequence-length", help="Tokens per calibration window.", show_default="512"),
+]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Put the calibration text through the chat template.",
+        show_default="no-chat",
+    ),
+]
 
 BlockSize = Annotated[
     int | None,

@@ -1,57 +1,76 @@
 """`infopt quantize`."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from infopt.cli import options as opt
+from infopt.cli.words import (
+    Bits,
+    Format,
+    Fp8,
+    GridWord,
+    GroupSize,
+    KvCache,
+    Method,
+    Rounding,
+    Scheme,
+)
+from infopt.core.errors import UsageError
 
 if TYPE_CHECKING:
     from infopt.cli.verb import Work
     from infopt.core.reports.schema import Plan, Report
 
 
-class Method(StrEnum):
-    rtn = "rtn"
-    gptq = "gptq"
-    auto_gptq = "auto-gptq"
-
-
-class Bits(StrEnum):
-    two = "2"
-    three = "3"
-    four = "4"
-    eight = "8"
-
-
-class GroupSize(StrEnum):
-    auto = "auto"
-    channel = "channel"
-    thirty_two = "32"
-    sixty_four = "64"
-    hundred_twenty_eight = "128"
-
-
-class GridWord(StrEnum):
-    mse = "mse"
-    minmax = "minmax"
-
-
-class Format(StrEnum):
-    gptq = "gptq"
-
-
 def quantize(
     model: opt.Model = None,
     method: Annotated[
         Method | None,
-        typer.Option("--method", help="Rounding to nearest, or GPTQ.", show_default="gptq"),
+        typer.Option("--method", help="How to quantize.", show_default="gptq"),
+    ] = None,
+    scheme: Annotated[
+        Scheme | None,
+        typer.Option(
+            "--scheme",
+            help="Bits of weights and activations; W16A16 only transforms.",
+            show_default="by method and bits",
+        ),
     ] = None,
     bits: Annotated[
-        Bits | None, typer.Option("--bits", help="Bits per weight.", show_default="4")
+        Bits | None,
+        typer.Option("--bits", help="Bits per weight.", show_default="by scheme, else 4"),
     ] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(
+            "--target-bits", help="Give layers different bits, this many on average, such as 3.5."
+        ),
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None,
+        typer.Option(
+            "--max-ppl-increase",
+            metavar="SHARE",
+            help="Give layers as few bits as keep perplexity within this share, such as 1%.",
+        ),
+    ] = None,
+    mixed_bits: Annotated[
+        str | None,
+        typer.Option(
+            "--mixed-bits",
+            metavar="LIST",
+            help="The widths that mixed layers may have.",
+            show_default="2,3,4,8",
+        ),
+    ] = None,
+    analyze: Annotated[
+        bool,
+        typer.Option(
+            "--analyze", help="Only measure what each layer costs at each width; write no model."
+        ),
+    ] = False,
     group_size: Annotated[
         GroupSize | None,
         typer.Option(
@@ -76,7 +95,19 @@ def quantize(
     ] = None,
     format: Annotated[
         Format | None,
-        typer.Option("--format", help="The checkpoint format.", show_default="gptq"),
+        typer.Option("--format", help="The checkpoint format.", show_default="by scheme"),
+    ] = None,
+    kv_cache: Annotated[
+        KvCache | None,
+        typer.Option("--kv-cache", help="Calibrate and store scales for a quantized KV cache."),
+    ] = None,
+    rounding: Annotated[
+        Rounding | None,
+        typer.Option(
+            "--rounding",
+            help="How weights are rounded after awq, smoothquant or rotate.",
+            show_default="rtn; rotate: gptq",
+        ),
     ] = None,
     act_order: Annotated[
         bool | None,
@@ -98,37 +129,79 @@ def quantize(
         bool | None,
         typer.Option(
             "--true-sequential/--no-true-sequential",
-            help="Within a block, each stage sees the quantized ones before it.",
+            help="GPTQ: within a block, each stage sees the quantized ones before it.",
             show_default="true-sequential",
         ),
     ] = None,
-    calibration: Annotated[
-        str | None,
+    gptaq: Annotated[
+        float | None,
         typer.Option(
-            "--calibration",
-            metavar="TEXT",
-            help="Calibration text: default, shakespeare, a .txt or .jsonl file, "
-            "or hub:NAME[/CONFIG]:SPLIT:COLUMN.",
-            show_default="default",
+            "--gptaq",
+            help="GPTQ: weight of the correction for inputs that are off already (GPTAQ: 0.25).",
+            show_default="0, off",
         ),
     ] = None,
-    samples: Annotated[
-        int | None, typer.Option("--samples", help="Calibration windows.", show_default="128")
-    ] = None,
-    sequence_length: Annotated[
-        int | None,
-        typer.Option(
-            "--sequence-length", help="Tokens per calibration window.", show_default="512"
-        ),
-    ] = None,
-    chat: Annotated[
+    clip: Annotated[
         bool | None,
         typer.Option(
-            "--chat/--no-chat",
-            help="Put the calibration text through the chat template.",
-            show_default="no-chat",
+            "--clip/--no-clip", help="AWQ: search each group's range.", show_default="clip"
         ),
     ] = None,
+    alpha: Annotated[
+        str | None,
+        typer.Option(
+            "--alpha",
+            help="SmoothQuant: how much of the activations' range moves into weights, or search.",
+            show_default="search",
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            "--threshold",
+            help="LLM.int8: inputs from this magnitude on stay in 16 bits.",
+            show_default="6.0",
+        ),
+    ] = None,
+    double_quant: Annotated[
+        bool | None,
+        typer.Option(
+            "--double-quant/--no-double-quant",
+            help="NF4: quantize the scales as well.",
+            show_default="double-quant",
+        ),
+    ] = None,
+    fp8: Annotated[
+        Fp8 | None,
+        typer.Option(
+            "--fp8",
+            help="FP8: scales of inputs per token, calibrated, or per 128 x 128 block.",
+            show_default="dynamic",
+        ),
+    ] = None,
+    iterations: Annotated[
+        int | None,
+        typer.Option("--iterations", help="AutoRound: steps for each block.", show_default="200"),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="QAT: optimizer steps.", show_default="100")
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option("--learning-rate", help="QAT: the peak, in steps of the grid."),
+    ] = None,
+    all_experts: Annotated[
+        bool | None,
+        typer.Option(
+            "--all-experts/--routed-experts",
+            help="Calibrate every expert of an MoE on every token, or on those routed to it.",
+            show_default="all-experts",
+        ),
+    ] = None,
+    calibration: opt.CalibrationText = None,
+    samples: opt.Samples = None,
+    sequence_length: opt.SequenceLength = None,
+    chat: opt.Chat = None,
     ignore: Annotated[
         list[str] | None,
         typer.Option(
@@ -166,14 +239,30 @@ def quantize(
     }
     given: dict[str, Any] = {
         "method": method,
+        "scheme": scheme,
         "bits": int(bits) if bits else None,
+        "target_bits": target_bits,
+        "max_ppl_increase": max_ppl_increase,
+        "mixed_bits": _widths(mixed_bits),
         "group_size": _group_size(group_size),
         "symmetric": symmetric,
         "grid": grid,
         "format": format,
+        "kv_cache": kv_cache,
+        "rounding": rounding,
         "act_order": act_order,
         "damp_percent": damp_percent,
         "true_sequential": true_sequential,
+        "gptaq": gptaq,
+        "clip": clip,
+        "alpha": _number(alpha),
+        "threshold": threshold,
+        "double_quant": double_quant,
+        "fp8": fp8,
+        "iterations": iterations,
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "calibrate_all_experts": all_experts,
         "ignore": tuple(ignore) if ignore else None,
         "calibration": {key: value for key, value in calibrating.items() if value is not None}
         or None,
@@ -181,7 +270,28 @@ def quantize(
     common = opt.Common(
         recipe, output, device, dtype, seed, json, quiet, yes, dry_run, trust_remote_code
     )
-    run_verb("quantize", model, given, common, perform, plan, resume=resume)
+    if not analyze:
+        run_verb("quantize", model, given, common, perform, plan, resume=resume)
+        return
+    if target_bits is None and max_ppl_increase is None and recipe is None:
+        given["target_bits"] = 4.0
+    run_verb("analyze", model, given, common, perform_analysis, plan_analysis)
+
+
+def _widths(words: str | None) -> tuple[int, ...] | None:
+    if words is None:
+        return None
+    try:
+        return tuple(int(word) for word in words.split(","))
+    except ValueError:
+        raise UsageError(f"--mixed-bits {words!r} is no list of widths", "such as 2,3,4") from None
+
+
+def _number(word: str | None) -> float | str | None:
+    try:
+        return None if word is None else float(word)
+    except ValueError:
+        return word
 
 
 def _group_size(word: GroupSize | None) -> int | str | None:
@@ -190,7 +300,12 @@ def _group_size(word: GroupSize | None) -> int | str | None:
 
 def output_of(work: "Work") -> Path:
     """Where to write if nobody said: a folder here, named for the model and the scheme."""
-    return work.output or Path(f"{work.artifact.name}-{work.settings.method}-w{work.settings.bits}")
+    settings = work.settings
+    scheme = settings.scheme.split("-")[0].removesuffix("A16").lower()
+    if settings.target_bits is not None:
+        scheme = f"w{settings.target_bits:g}"
+    method = "" if settings.method == scheme else f"-{settings.method}"
+    return work.output or Path(f"{work.artifact.name}{method}-{scheme}")
 
 
 def perform(work: "Work") -> "Report":
@@ -215,3 +330,16 @@ def plan(work: "Work") -> "Plan":
     from infopt.core.quantization.plan import plan_quantize
 
     return plan_quantize(work.artifact, work.settings)
+
+
+def perform_analysis(work: "Work") -> "Report":
+    """Measure what each unit of layers costs at each width."""
+    from infopt.core.quantization.analyze import analyze
+
+    return analyze(work.artifact, work.settings, progress=work.screen.progress)
+
+
+def plan_analysis(work: "Work") -> "Plan":
+    from infopt.core.quantization.analyze import plan_analyze
+
+    return plan_analyze(work.artifact, work.settings)

@@ -1,15 +1,18 @@
 """Reports as people read them; pure: a report in, something to print out."""
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from infopt.core.reports.bench import BenchReport
+from infopt.core.reports.convert import ConvertReport
 from infopt.core.reports.doctor import DoctorReport
 from infopt.core.reports.evaluate import EvaluateReport
 from infopt.core.reports.profile import MeasuredPhase, ProfileReport
-from infopt.core.reports.quantize import QuantizeReport
+from infopt.core.reports.quantize import Allocation, QuantizeReport, SensitivityReport
 from infopt.core.reports.run import RunReport
 from infopt.core.reports.schema import Percentiles, Plan, Report
 from infopt.core.reports.serve import ServeReport
+from infopt.core.reports.words import seconds, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,8 +23,12 @@ Row = tuple[str, str]
 def summary(report: Report) -> "RenderableType":
     """The short form of any report."""
     match report:
+        case SensitivityReport():
+            return _table("sensitivity", _sensitivity_rows(report))
         case QuantizeReport():
             return _table(f"quantized: {report.output}", _quantize_rows(report))
+        case ConvertReport():
+            return _table(f"converted: {report.output}", _convert_rows(report))
         case EvaluateReport():
             return _table(f"quality of {_name(report)}", _evaluate_rows(report))
         case ProfileReport():
@@ -53,27 +60,6 @@ def plan_summary(plan: Plan) -> "RenderableType":
     return _table(f"infopt {plan.command} would", rows)
 
 
-def size(count: float) -> str:
-    """Bytes in decimal units: '269 MB'."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(count) >= scale:
-            return (
-                f"{count / scale:.3g} {unit}"
-                if count / scale < 100
-                else f"{count / scale:.0f} {unit}"
-            )
-    return f"{count:.0f} B"
-
-
-def seconds(value: float) -> str:
-    """Seconds in the unit that reads best."""
-    if value < 1e-3:
-        return f"{value * 1e6:.0f} us"
-    if value < 1:
-        return f"{value * 1e3:.3g} ms"
-    return f"{value:.3g} s" if value < 120 else f"{value / 60:.1f} min"
-
-
 def _name(report: Report) -> str:
     return report.model.name if report.model else "?"
 
@@ -93,26 +79,69 @@ def _table(title: str, rows: list[Row]) -> "RenderableType":
 
 
 def _quantize_rows(report: QuantizeReport) -> list[Row]:
-    group = f"groups of {report.group_size}" if report.group_size else "one group per row"
-    kind = "symmetric" if report.symmetric else "asymmetric"
-    worst = max(report.layers, key=lambda layer: layer.error)
+    schemes = list(dict.fromkeys(layer.scheme for layer in report.layers)) or ["dense"]
     fallbacks = [layer for layer in report.layers if layer.fallback]
     rows = [
-        ("method", f"{report.method}, {report.bits} bits, {group}, {kind}, format {report.format}"),
+        ("method", f"{report.method}, {report.scheme}, format {report.format or 'dense'}"),
+        ("layers", f"{len(report.layers)}: {'; '.join(schemes)}"),
         (
             "size",
             f"{size(report.original_bytes)} -> {size(report.bytes)} "
             f"({report.bits_per_weight:.2f} bits per quantized weight)",
         ),
-        ("layers", f"{len(report.layers)}; largest output error {worst.error:.2%} ({worst.name})"),
         ("read back", f"logits differ by at most {report.logits_max_difference:.1e}"),
         ("cost", f"{seconds(report.seconds)}, peak memory {size(report.peak_memory_bytes)}"),
     ]
+    if report.layers:
+        worst = max(report.layers, key=lambda layer: layer.error)
+        rows.insert(3, ("output error", f"at most {worst.error:.2%} ({worst.name})"))
     if report.calibration_tokens:
         rows.insert(3, ("calibration", f"{report.calibration_tokens} tokens"))
+    if report.kv_cache is not None:
+        rows.insert(2, ("kv cache", f"scales for {report.kv_cache} stored"))
+    if report.allocation is not None:
+        rows.insert(2, ("allocation", _allocation_words(report.allocation)))
     if fallbacks:
         rows.append(("fallbacks", ", ".join(f"{x.name}: {x.fallback}" for x in fallbacks)))
     return rows
+
+
+def _allocation_words(allocation: Allocation) -> str:
+    """How many units have how many bits."""
+    counts = sorted(Counter(allocation.bits.values()).items())
+    units = ", ".join(f"{count} units at {bits} bits" for bits, count in counts)
+    increase = allocation.measured_ppl_increase
+    kept = "" if increase is None else f"; perplexity {increase:+.2%} on held-out text"
+    return f"{allocation.mean_bits:.2f} bits on average: {units}{kept}"
+
+
+def _sensitivity_rows(report: SensitivityReport) -> list[Row]:
+    rows: list[Row] = []
+    for bits in sorted({row.bits for row in report.sensitivity}):
+        found = sorted((r for r in report.sensitivity if r.bits == bits), key=lambda r: -r.kl)
+        most = ", ".join(f"{r.unit} {r.kl:.4f}" for r in found[:2])
+        total = sum(row.kl for row in found)
+        rows.append((f"{bits} bits", f"KL of all units {total:.4f}; most: {most}"))
+    if report.allocation is not None:
+        rows.append(("allocation", _allocation_words(report.allocation)))
+    rows.append(("cost", seconds(report.seconds)))
+    return rows
+
+
+def _convert_rows(report: ConvertReport) -> list[Row]:
+    kinds = ", ".join(f"{count} x {scheme}" for scheme, count in report.schemes.items())
+    return [
+        ("format", f"{report.source_format} -> {report.format} {report.dtype or ''}".rstrip()),
+        ("layers", kinds),
+        ("size", f"{size(report.original_bytes)} -> {size(report.bytes)}"),
+        (
+            "read back",
+            "every weight is what it was, bit by bit"
+            if report.exact
+            else f"weights differ by at most {report.largest_difference:.1e}",
+        ),
+        ("cost", f"{seconds(report.seconds)}, peak memory {size(report.peak_memory_bytes)}"),
+    ]
 
 
 def _evaluate_rows(report: EvaluateReport) -> list[Row]:

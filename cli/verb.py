@@ -14,6 +14,7 @@ from infopt.cli.screen import Screen
 from infopt.core.errors import RecipeError, UsageError
 from infopt.core.recipe.base import Settings, validated
 from infopt.core.recipe.recipe import VERBS, WRITING, Step, find_recipe, load_recipe
+from infopt.core.reports.convert import ConvertReport
 from infopt.core.reports.quantize import QuantizeReport
 from infopt.core.reports.schema import Plan, Report
 
@@ -59,7 +60,8 @@ def settings_for(
         if (value := getattr(common, key)) is not None and key in VERBS[verb].model_fields:
             options[key] = value
     step = _recipe_step(verb, common.recipe) if common.recipe else None
-    base = step.settings.model_dump(mode="json") if step else {}
+    # What follows from other settings is not taken over: the options may change those.
+    base = step.settings.model_dump(mode="json", exclude_unset=True) if step else {}
     return validated(VERBS[verb], _merged(base, options), "the command line"), step
 
 
@@ -109,6 +111,8 @@ def run_verb(
     after: Callable[[Report, Any], None] | None = None,
 ) -> None:
     """Do one verb from the command line; `after` may raise once the report has been shown."""
+    writes = verb in WRITING
+    verb = "quantize" if verb == "analyze" else verb
     settings, step = settings_for(verb, common, given)
     check_json_target(common.json)
     with Screen(quiet=common.quiet, json_on_stdout=common.json == "-") as screen:
@@ -119,7 +123,7 @@ def run_verb(
         if common.dry_run:
             show_plan(screen, plan(work), common.json)
             return
-        if verb not in WRITING:
+        if not writes:
             check_report_folder(output, replace=common.yes)
         report = done(perform, work)
         keep(report, output)
@@ -148,7 +152,7 @@ def keep(report: Report, folder: Path | None) -> None:
     """Lay the report of an artifact into it, any other into the folder that was asked for."""
     from infopt.core.reports.store import save
 
-    place = Path(report.output) if isinstance(report, QuantizeReport) else folder
+    place = Path(report.output) if isinstance(report, QuantizeReport | ConvertReport) else folder
     if place is not None:
         save(report, place / REPORT)
 

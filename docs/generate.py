@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("cli", "core", "kernels")
 FLOORS = """\
     cli                                                          words and screen
-    quantization  evaluation  server  bench                      one door a verb
+    quantization  conversion  evaluation  server  bench          one door a verb
     runtime  compression  profiling
     models
     layers  artifact  reports  text
@@ -33,7 +33,7 @@ floor never import each other (`tests/test_architecture.py`):
 
 {FLOORS}
 """
-VERBS = ("quantize", "evaluate", "profile", "serve", "bench", "run", "doctor")
+VERBS = ("quantize", "convert", "evaluate", "profile", "serve", "bench", "run", "doctor")
 
 
 def first_line(path: Path) -> str:

@@ -19,7 +19,9 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"core.layers", "core.artifact", "core.text"}),
     frozenset({"core.models"}),
     frozenset({"core.runtime", "core.compression", "core.profiling"}),
-    frozenset({"core.quantization", "core.evaluation", "core.server", "core.bench"}),
+    frozenset(
+        {"core.quantization", "core.conversion", "core.evaluation", "core.server", "core.bench"}
+    ),
     frozenset({"cli"}),
 )
 FLOOR_OF = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -62,7 +62,7 @@ def write_artifact(
     the same bytes. `extra` files are written beside and win over those copied from the source.
     Raises UsageError where `output` may not be replaced, ResourceError for a full disk.
     """
-    _keep_the_source(output, source)
+    keep_the_source(output, source)
     files: dict[str, str | bytes] = {}
     for name in _COPIED:
         if (source.path / name).is_file():
@@ -155,7 +155,7 @@ def _write_weights(folder: Path, tensors: Iterable[tuple[str, "Tensor"]], shard_
     (folder / INDEX).write_text(_json(index))
 
 
-def _keep_the_source(output: Path, source: Artifact) -> None:
+def keep_the_source(output: Path, source: Artifact) -> None:
     """The source is read while the output is written, so the output may not take its place."""
     here, there = output.resolve(), source.path.resolve()
     if here == there or here in there.parents:

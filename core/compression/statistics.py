@@ -1,9 +1,40 @@
 """Second-order statistics of a linear layer's inputs, and errors measured by them; pure."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 _PANELS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class InputStatistics:
+    """What is known of the inputs x [rows, K] that a linear layer saw.
+
+    hessian: float32 [K, K], the mean of 2 x x^T. With ranges: abs_mean and abs_max float32 [K],
+    and sample float32 [S, K], some of the rows. With a reference: drift float32 [K, K], the mean of
+    2 (x' - x) x^T, where x' is what the layer would see in the original model.
+    """
+
+    hessian: Tensor
+    rows: int
+    abs_mean: Tensor | None = None
+    abs_max: Tensor | None = None
+    sample: Tensor | None = None
+    drift: Tensor | None = None
+
+    def divided(self, scales: Tensor) -> "InputStatistics":
+        """The statistics of x / scales [K]."""
+        outer = scales.unsqueeze(1) * scales
+        return InputStatistics(
+            hessian=self.hessian / outer,
+            rows=self.rows,
+            abs_mean=None if self.abs_mean is None else self.abs_mean / scales,
+            abs_max=None if self.abs_max is None else self.abs_max / scales,
+            sample=None if self.sample is None else self.sample / scales,
+            drift=None if self.drift is None else self.drift / outer,
+        )
 
 
 def accumulate_hessian(hessian: Tensor, inputs: Tensor, seen: int) -> int:
@@ -14,6 +45,8 @@ def accumulate_hessian(hessian: Tensor, inputs: Tensor, seen: int) -> int:
     """
     rows = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
     total = seen + rows.shape[0]
+    if total == seen:
+        return seen  # an expert that no token of the batch is routed to
     size = hessian.shape[0]
     step = -(-size // _PANELS)
     for start in range(0, size, step):

@@ -5,19 +5,26 @@ states between two blocks. What else a block is called with (positions, masks) i
 forward pass of the model in which every block hands its input on, so no model needs its own code.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from infopt.core.artifact.read import Artifact
 from infopt.core.compression.replay import Replay, replace_forward
 from infopt.core.compression.targets import Target
 from infopt.core.errors import NumericsError
-from infopt.core.models.hf import blocks, materialize, release, skeleton, tie
+from infopt.core.formats.activation import ActivationFormat
+from infopt.core.formats.scheme import KvFormat
+from infopt.core.models.experts import Calibration, calibrate_experts
+from infopt.core.models.hf import blocks, materialize, release, resolve, skeleton, tie
+from infopt.core.models.inputs import round_inputs_as_stored, round_layer_inputs
+from infopt.core.models.kv_rounding import round_kv, round_kv_as_stored
 
 Sink = Callable[[str, Tensor], None]
 """Is handed the name of a layer and its input [batch, length, K]."""
@@ -45,11 +52,20 @@ class Walk:
         device: torch.device,
         *,
         keep_bytes: int = 0,
+        experts: Calibration | None = None,
     ) -> None:
-        """probe and batches: int64 [batch, length]; keep_bytes: memory that `settle` may use."""
+        """probe and batches: int64 [batch, length]; keep_bytes: memory that `settle` may use;
+        experts: which tokens an MoE's experts are shown beside what they are asked."""
         self.artifact, self.dtype, self.device = artifact, dtype, device
         self.tokens = (probe, *batches)
         self.model: PreTrainedModel = skeleton(artifact, dtype)
+        self._experts: Calibration | None = experts
+        calibrate_experts(self.model, experts)
+        if artifact.quantization is not None:
+            round_inputs_as_stored(
+                self.model, artifact, lambda name: resolve(self.model, artifact, name)
+            )
+            round_kv_as_stored(self.model, artifact)
         self.names = [name for name, _ in blocks(self.model)]
         self._blocks = [block for _, block in blocks(self.model)]
         self._returns_tuple = False
@@ -59,11 +75,12 @@ class Walk:
         self._replay = Replay(keep_bytes)
         self._targets: frozenset[str] = frozenset()
         self._settled: set[str] = set()
+        self._rounding: list[RemovableHandle] = []
 
     @torch.no_grad()
     def start(self) -> None:
         """Embed the tokens, record how each block is called, and stand before the first block."""
-        self._fill_outside()
+        self.fill_outside()
         self.hidden, self._calls, self.position = [], [], 0
         self._returns_tuple = self._first_returns_tuple()
         pool: dict[tuple[Any, ...], Tensor] = {}
@@ -88,6 +105,14 @@ class Walk:
         found = self.model.get_submodule(name)
         assert isinstance(found, nn.Linear)
         return found
+
+    def round_inputs(self, name: str, form: ActivationFormat, scale: Tensor | None = None) -> None:
+        """Let the layer `name` of the loaded block see its inputs rounded, until `advance`."""
+        self._rounding.append(round_layer_inputs(self.model, name, form, scale))
+
+    def round_kv(self, scales: Mapping[str, Tensor], form: KvFormat) -> None:
+        """Let the loaded block's attention see keys and values as a cache would, until `advance`."""
+        self._rounding.extend(round_kv(self.model, scales, form))
 
     @property
     def block(self) -> nn.Module:
@@ -124,21 +149,30 @@ class Walk:
         return groups + [(name,) for name in names if name not in called]
 
     @torch.no_grad()
-    def observe(self, names: Sequence[str], sink: Sink) -> None:
-        """Hand the inputs of the layers `names` to `sink` by batches, and compute no further."""
-        for index in range(1, len(self.tokens)):
-            waiting = set(names)
+    def inputs(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """The inputs of the layers `names`, batch by batch; nothing behind them is computed.
 
-            def note(name: str, value: Tensor, waiting: set[str] = waiting) -> None:
-                sink(name, value)
-                waiting.discard(name)
-                if not waiting:
+        A layer that is not called has no entry; one that is called often has its last input.
+        """
+        for index in range(1, len(self.tokens)):
+            found: dict[str, Tensor] = {}
+
+            def note(name: str, value: Tensor, found: dict[str, Tensor] = found) -> None:
+                found[name] = value
+                if len(found) == len(names):
                     raise _Enough
 
             with ExitStack() as hooks:
                 self._watch(hooks, names, note)
                 with suppress(_Enough):
                     self._forward(index)
+            yield found
+
+    def observe(self, names: Sequence[str], sink: Sink) -> None:
+        """Hand the inputs of the layers `names` to `sink`, batch by batch."""
+        for found in self.inputs(names):
+            for name, value in found.items():
+                sink(name, value)
 
     def settle(self, names: Sequence[str]) -> None:
         """Say that layers of the loaded block have their last weights and, as now, last inputs.
@@ -156,10 +190,12 @@ class Walk:
                 self._replay.add(parent, self.model.get_submodule(parent))
 
     @torch.no_grad()
-    def advance(self) -> None:
-        """Run the loaded block over all batches, release it, and stand before the next one."""
+    def advance(self, *, keep: bool = False) -> None:
+        """Run the loaded block over all batches, release it (or `keep` it), and go to the next."""
         self._replay.recording = False
         for index in range(len(self.tokens)):
+            # The probe shows what the model computes in use, to the last bit.
+            calibrate_experts(self.model, self._experts if index else None)
             output = self._forward(index).to("cpu")
             self._replay.forget_batch()
             if not bool(torch.isfinite(output).all()):
@@ -169,33 +205,61 @@ class Walk:
                     "try --dtype float32; if it is so already, the weights are broken",
                 )
             self.hidden[index] = output
+        calibrate_experts(self.model, self._experts)
         self._replay.clear()
         self._replay.recording = True
         self._settled.clear()
-        release(self._blocks[self.position])
+        if not keep:
+            release(self._blocks[self.position])
         self.position += 1
 
     @torch.no_grad()
     def probe_logits(self) -> Tensor:
         """What the model makes of the probe, after the last block: [batch, length, vocabulary]."""
         assert self.position == len(self._blocks)
-        hidden = self.hidden[0].to(self.device)
-        self._fill_outside()
+        self.fill_outside()
+        logits = self.logits(0, self.hidden[0])
+        release(self.model)
+        return logits.to("cpu")
+
+    @torch.no_grad()
+    def logits(self, index: int, hidden: Tensor) -> Tensor:
+        """What the model makes of a batch with the states `hidden` after its last block.
+
+        [batch, length, vocabulary], on the device. `fill_outside` comes first; index 0: the probe.
+        """
+        states = hidden.to(self.device)
         with ExitStack() as stack:
             for block in self._blocks:
-                replace_forward(stack, block, lambda *_, **__: self._as_output(hidden))
-            output = self.model(input_ids=self.tokens[0].to(self.device), use_cache=False)
-        release(self.model)
+                replace_forward(stack, block, lambda *_, **__: self._as_output(states))
+            output = self.model(input_ids=self.tokens[index].to(self.device), use_cache=False)
         logits: Tensor = output.logits
-        return logits.to("cpu")
+        return logits
+
+    @torch.no_grad()
+    def through(self, position: int, index: int, hidden: Tensor) -> Tensor:
+        """What a loaded block makes of `hidden` in the place of a batch's states; on the device."""
+        args, kwargs = self._calls[index][position]
+        output = self._blocks[position](hidden.to(self.device), *args, **kwargs)
+        states: Tensor = output[0] if self._returns_tuple else output
+        return states
+
+    def run(self, index: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """What the loaded block makes of a batch with `weights` instead of its own, by full name.
+
+        Gradients reach them, unless under no_grad. Batch 0 is the probe.
+        """
+        args, kwargs = self._calls[index][self.position]
+        local = f"{self.names[self.position]}."
+        stand_ins = {name.removeprefix(local): weight for name, weight in weights.items()}
+        inputs = (self.hidden[index].to(self.device), *args)
+        output = functional_call(self._blocks[self.position], stand_ins, inputs, kwargs)
+        hidden: Tensor = output[0] if self._returns_tuple else output
+        return hidden
 
     def _forward(self, index: int) -> Tensor:
         self._replay.batch = index
-        args, kwargs = self._calls[index][self.position]
-        block = self._blocks[self.position]
-        output = block(self.hidden[index].to(self.device), *args, **kwargs)
-        hidden: Tensor = output[0] if self._returns_tuple else output
-        return hidden
+        return self.through(self.position, index, self.hidden[index])
 
     def _first_returns_tuple(self) -> bool:
         """Some models' blocks return a tuple, and a hand-me-on must look alike: run one to know."""
@@ -203,7 +267,7 @@ class Walk:
         self.load()
         output = self._blocks[0](*args, **kwargs)
         release(self._blocks[0])
-        return isinstance(output, tuple)
+        return isinstance(output, tuple | list)
 
     def _record(self, index: int, stop_at: int) -> list[_Call]:
         """How the blocks up to `stop_at` are called for a batch when each hands its input on."""
@@ -233,7 +297,7 @@ class Walk:
 
             hooks.enter_context(self.layer(name).register_forward_pre_hook(hook))
 
-    def _fill_outside(self) -> None:
+    def fill_outside(self) -> None:
         """Read what lies around the blocks: embeddings, the last norm, the head."""
         prefix = self.names[0].rpartition(".")[0] + "."
         materialize(

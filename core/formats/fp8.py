@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from infopt.core.formats.activation import FP8_MAX
+from infopt.core.formats.exact import round_up
 
 BLOCK = (128, 128)
 
@@ -56,7 +57,7 @@ class Fp8Weight:
 
 
 def to_fp8(weight: Tensor, form: Fp8Format) -> Fp8Weight:
-    """Round a weight [N, K]: scale = amax / 448, float32."""
+    """Round a weight [N, K]: scale = amax / 448, rounded up to bfloat16, float32."""
     values = weight.to(torch.float32)
     match form.strategy:
         case "tensor":
@@ -65,7 +66,8 @@ def to_fp8(weight: Tensor, form: Fp8Format) -> Fp8Weight:
             amax = values.abs().amax(dim=1, keepdim=True)
         case "block":
             amax = _block_amax(values)
-    scales = amax / FP8_MAX
+    # Loaders hold scales in the model's dtype; rounded up, the largest values are not clipped.
+    scales = round_up(amax / FP8_MAX).to(torch.float32)
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     steps = values / spread(scales, values.shape, form)
     return Fp8Weight(steps.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scales, form)

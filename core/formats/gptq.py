@@ -10,23 +10,33 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from infopt.core.errors import ArtifactError
+from infopt.core.errors import ArtifactError, UnsupportedError
+from infopt.core.formats.exact import exact_cast
 from infopt.core.formats.number import IntegerFormat, QuantizedWeight
 from infopt.core.formats.pack import WORD, pack, packed_size, unpack
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+BITS = (2, 3, 4, 8)
 MULTIPLE = WORD
 """Both sides of a layer must be divisible by this."""
 
 
 def to_gptq(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The four tensors of a v1 checkpoint; zeros are at least 1, since v1 cannot store 0."""
+    """The four tensors of a v1 checkpoint.
+
+    Raises UnsupportedError for a zero of 0, since v1 stores zero - 1, and for scales that
+    float16 does not hold exactly.
+    """
     bits = weight.format.bits
-    assert int(weight.zeros.min()) >= 1, "v1 stores zero - 1"
+    if int(weight.zeros.min()) < 1:
+        raise UnsupportedError(
+            "the gptq format stores zeros minus one, so it has none for a zero of 0",
+            "awq and compressed-tensors have",
+        )
     return {
         "qweight": pack(weight.codes.T, bits, dim=0),
         "qzeros": pack(weight.zeros.T - 1, bits, dim=1),
-        "scales": weight.scales.T.contiguous(),
+        "scales": exact_cast(weight.scales.T, (torch.float16,), "the scales of a gptq checkpoint"),
         "g_idx": weight.group_index.to(torch.int32),
     }
 

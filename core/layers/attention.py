@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from infopt.core.layers.linear import Linear
+from infopt.core.layers.linear import Projection
 from infopt.core.layers.norm import HeadNorm
 from infopt.core.layers.rotary import Rotary
 from infopt.kernels.attention.cache import write_kv
@@ -25,8 +25,8 @@ class AttentionInputs:
 class Attention:
     """Grouped-query attention, projections fused; writes the new keys and values, then attends."""
 
-    qkv: Linear
-    output: Linear
+    qkv: Projection
+    output: Projection
     head_norm: HeadNorm | None
     heads: int
     kv_heads: int

@@ -1,11 +1,23 @@
-"""A dense projection."""
+"""What a projection is, and the dense one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Projection(Protocol):
+    """A linear map of the last dimension, however its weight is held."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes resident, all of them read by each call."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +37,7 @@ class Linear:
 
 
 def fused(parts: Sequence[Linear]) -> Linear:
-    """Projections of the same input as one, their outputs side by side (QKV; gate and up)."""
+    """Dense projections of the same input as one, their outputs side by side."""
     biases = [part.bias for part in parts if part.bias is not None]
     assert len(biases) in (0, len(parts)), "either all parts have a bias or none"
     weight = torch.cat([part.weight for part in parts])

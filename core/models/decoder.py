@@ -8,7 +8,7 @@ from torch import Tensor
 
 from infopt.core.layers.attention import Attention, AttentionInputs
 from infopt.core.layers.embedding import Embedding
-from infopt.core.layers.linear import Linear
+from infopt.core.layers.linear import Linear, Projection
 from infopt.core.layers.norm import RMSNorm
 from infopt.core.layers.rotary import Rotary
 from infopt.core.models.config import ModelConfig
@@ -55,7 +55,7 @@ class Decoder:
     embedding: Embedding
     layers: tuple[DecoderLayer, ...]
     norm: RMSNorm
-    head: Linear
+    head: Projection
     frequencies: Tensor
 
     @property
@@ -74,7 +74,7 @@ class Decoder:
     @property
     def resident_bytes(self) -> int:
         """Bytes of all weights in memory, a tied table once."""
-        tied = self.head.weight is self.embedding.weight
+        tied = isinstance(self.head, Linear) and self.head.weight is self.embedding.weight
         return self.step_bytes + (0 if tied else self.embedding.nbytes)
 
     def __call__(self, inputs: StepInputs, caches: Sequence[Tensor]) -> Tensor:

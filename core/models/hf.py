@@ -9,10 +9,14 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from infopt.core.artifact.quantized import linear_weight, stored_names
+from infopt.core.artifact.quantized import is_quantized, is_side_tensor, linear_weight
 from infopt.core.artifact.read import Artifact
 from infopt.core.errors import ArtifactError, UnsupportedError
-from infopt.core.formats.number import QuantizedWeight
+from infopt.core.models.conv1d import TransposedLinear, linearize, transposed_layout
+from infopt.core.models.experts import unfuse
+from infopt.core.models.inputs import round_inputs_as_stored
+from infopt.core.models.kv_rounding import round_kv_as_stored
+from infopt.core.models.sources import Source, find_source
 
 _SHOWN = 3
 
@@ -20,6 +24,7 @@ _SHOWN = 3
 def skeleton(artifact: Artifact, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model in eval mode, its parameters on the meta device, its buffers real.
 
+    Every Conv1D is a linear layer, and so is every projection of an expert that transformers fuses.
     Raises UnsupportedError where transformers knows no causal language model for the config,
     ArtifactError naming tensors that are missing or that the model has no place for.
     """
@@ -29,6 +34,8 @@ def skeleton(artifact: Artifact, dtype: torch.dtype = torch.float32) -> PreTrain
             del config.quantization_config
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        linearize(model)
+        unfuse(model)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UnsupportedError(
@@ -42,7 +49,10 @@ def skeleton(artifact: Artifact, dtype: torch.dtype = torch.float32) -> PreTrain
 def load_transformers(
     artifact: Artifact, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """The whole model in `dtype` on `device`; quantized layers are dequantized as they are read."""
+    """The whole model in `dtype` on `device`; quantized layers are dequantized as they are read.
+
+    Where the artifact says that inputs, or keys and values, are quantized, they are rounded so.
+    """
     try:
         model = skeleton(artifact, dtype)
     except ArtifactError as error:
@@ -53,6 +63,8 @@ def load_transformers(
         return converted.to(device)
     materialize(model, "", model, artifact, dtype, device)
     tie(model)
+    round_inputs_as_stored(model, artifact, lambda name: resolve(model, artifact, name))
+    round_kv_as_stored(model, artifact)
     return model
 
 
@@ -83,12 +95,12 @@ def materialize(
     """
     for local, current in list(_stored(part)):
         name = f"{prefix}.{local}" if prefix else local
-        if name.startswith(skip) or not (stored := resolve(model, artifact, name)):
+        if name.startswith(skip) or not (source := find_source(model, artifact, name)).names:
             continue
-        value = _read(artifact, stored[0])
+        value = _read(artifact, source, transposed=_is_transposed_weight(part, local))
         if value.shape != current.shape:
             raise ArtifactError(
-                f"{artifact.path}: {stored[0]} has the shape {list(value.shape)}, "
+                f"{artifact.path}: {source.names[0]} has the shape {list(value.shape)}, "
                 f"but its config asks for {list(current.shape)}"
             )
         _put(part, local, value.to(device, dtype if value.is_floating_point() else None))
@@ -116,35 +128,64 @@ def release(part: nn.Module) -> None:
 
 
 def blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """The decoder's blocks and their names, in order: the longest list of modules in the model."""
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-    ]
+    """The decoder's blocks and their names, in order: the longest list of modules in the model.
+
+    Raises UnsupportedError for a model without one, or with blocks in pieces over several lists.
+    """
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        # A list within a list's member is of parts of a block, however many they are.
+        if isinstance(module, nn.ModuleList) and not name.startswith(tuple(f"{n}." for n in lists)):
+            lists[name] = module
     if not lists:
         raise UnsupportedError(f"{type(model).__name__} has no list of blocks")
-    name, found = max(lists, key=lambda entry: len(entry[1]))
+    name, found = max(lists.items(), key=lambda entry: len(entry[1]))
+    pieces = [n for n in lists if n.rpartition(".")[0] == name.rpartition(".")[0]]
+    pieces = [n for n in pieces if len(lists[n]) == len(found) and list(lists[n].parameters())]
+    if len(pieces) > 1:
+        raise UnsupportedError(
+            f"{type(model).__name__} has its blocks in pieces, in the lists {', '.join(pieces)}"
+        )
     return [(f"{name}.{index}", block) for index, block in enumerate(found)]
 
 
 def resolve(model: PreTrainedModel, artifact: Artifact, name: str) -> tuple[str, ...]:
-    """The artifact's tensors for the model's parameter `name`.
+    """The artifact's tensors for the model's parameter `name`; a fused one is of many parameters.
 
-    Old checkpoints name the tensors of the base model without its prefix.
+    Old checkpoints name the tensors of the base model without its prefix, others as transformers
+    renames them when it loads.
     """
-    found = stored_names(artifact, name)
-    base = f"{model.base_model_prefix}."
-    return found or stored_names(artifact, name.removeprefix(base))
+    return find_source(model, artifact, name).names
 
 
-def _read(artifact: Artifact, stored: str) -> Tensor:
-    layer, _, suffix = stored.rpartition(".")
-    if suffix != "qweight":
-        return artifact.tensor(stored)
-    weight = linear_weight(artifact, layer)
-    assert isinstance(weight, QuantizedWeight)
-    return weight.dequantize()
+def stored_layer(model: PreTrainedModel, artifact: Artifact, layer: str) -> str:
+    """The name of a layer in the artifact, and in one that is made from it.
+
+    An expert that the artifact holds fused with others gets the name that it has in the model.
+    """
+    source = find_source(model, artifact, f"{layer}.weight")
+    if not source.names or source.part is not None:
+        return layer
+    return source.names[0].rpartition(".")[0]
+
+
+def _read(artifact: Artifact, source: Source, *, transposed: bool) -> Tensor:
+    """A parameter's value; `transposed`: the weight of a layer that dense checkpoints transpose."""
+    stored = source.names[0]
+    layer = stored.rpartition(".")[0]
+    if len(source.names) > 1 and is_quantized(artifact, layer):
+        weight = linear_weight(artifact, layer)
+        value = weight if isinstance(weight, Tensor) else weight.dequantize()
+        return transposed_layout(value) if transposed else value
+    value = artifact.tensor(stored)
+    if source.part is not None:
+        return source.part.cut(value)
+    return value.T if transposed and value.ndim == 2 else value
+
+
+def _is_transposed_weight(part: nn.Module, local: str) -> bool:
+    owner, _, leaf = local.rpartition(".")
+    return leaf == "weight" and isinstance(part.get_submodule(owner), TransposedLinear)
 
 
 def _stored(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -185,7 +226,9 @@ def _check_names(model: PreTrainedModel, artifact: Artifact) -> None:
     unexpected = [
         name
         for name in artifact.names()
-        if name not in used and not any(pattern.search(name) for pattern in ignored)
+        if name not in used
+        and not is_side_tensor(name)
+        and not any(pattern.search(name) for pattern in ignored)
     ]
     placeless = "has tensors that its config has no place for:"
     for names, fault in ((missing, "lacks"), (unexpected, placeless)):

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from infopt.core.layers.linear import Linear
+from infopt.core.layers.linear import Projection
 
 
 @dataclass(frozen=True, slots=True)
 class GatedMLP:
     """down(silu(gate(x)) * up(x)), gate and up fused."""
 
-    gate_up: Linear
-    down: Linear
+    gate_up: Projection
+    down: Projection
 
     def __call__(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)

@@ -26,6 +26,7 @@ from infopt.core.reports.quantize import LayerError
 
 _CURRENT = "CURRENT"
 _IDENTITY = "identity.json"
+_STAGES = "STAGES"
 _LOCK = "lock"
 
 
@@ -61,6 +62,24 @@ class Checkpoint:
         for name in old:
             (self.folder / name).unlink(missing_ok=True)
 
+    def names(self) -> list[str]:
+        """The tensors of all finished blocks."""
+        return sorted(self._files)
+
+    def stage(self, name: str) -> Path:
+        """A place for work before the first block, kept like finished blocks; the path is new or
+        was filled by an earlier try, atomically."""
+        (self.folder / _STAGES).touch()
+        return self.folder / f"stage-{name}"
+
+    def restart(self) -> None:
+        """Forget the finished blocks, but not the stages."""
+        (self.folder / _CURRENT).unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if path.name.startswith(("block-", "hidden-")):
+                path.unlink()
+        self.finished, self._digests, self._files, self.rows = 0, {}, {}, []
+
     def tensor(self, name: str) -> Tensor:
         """A tensor of a finished block."""
         with safe_open(self._files[name], framework="pt") as stream:
@@ -74,6 +93,8 @@ class Checkpoint:
 
     def read(self) -> None:
         """Take up what is there; raises ResumeError if a file is missing or changed."""
+        if not (self.folder / _CURRENT).exists():
+            return
         try:
             state = json.loads((self.folder / _CURRENT).read_text())
             for name, digest in state["files"].items():
@@ -126,10 +147,11 @@ def open_checkpoint(
     folder = output.parent / f".{output.name}.infopt-partial"
     with _held(folder):
         checkpoint = Checkpoint(folder)
-        if (folder / _CURRENT).exists() and resume:
+        unfinished = _unfinished(folder)
+        if unfinished and resume:
             _require_same(folder, identity)
             checkpoint.read()
-        elif (folder / _CURRENT).exists() and not replace:
+        elif unfinished and not replace:
             raise ResumeError(
                 f"{folder} holds unfinished work towards {output}",
                 "--resume continues it, --yes discards it",
@@ -140,9 +162,13 @@ def open_checkpoint(
         try:
             yield checkpoint
         finally:
-            if not (folder / _CURRENT).exists():
+            if not _unfinished(folder):
                 # No block was finished: there is nothing to come back to.
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unfinished(folder: Path) -> bool:
+    return (folder / _CURRENT).exists() or (folder / _STAGES).exists()
 
 
 @contextmanager

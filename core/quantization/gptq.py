@@ -39,13 +39,16 @@ def gptq(
     mse: bool = True,
     damp: float = 0.01,
     block: int = _BLOCK,
+    drift: Tensor | None = None,
 ) -> GptqResult:
     """Quantize a weight [N, K] under a Hessian float32 [K, K] of its inputs; `grid` is [N, G].
 
     With `act_order` columns go by falling diagonal, on the given grids (static groups); without, a
     group's grid is made anew when its turn comes, from its weights as corrected by then, with or
     without `mse`; then only rounding uses `grid`. Inputs that are always 0 leave their columns to
-    rounding.
+    rounding. `drift` float32 [K, K], the mean of 2 (x' - x) x^T against the inputs x' of the
+    original model, lets later columns make up for what the inputs are off already (GPTAQ; Li et
+    al., 2025, https://arxiv.org/abs/2504.02692).
     """
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
@@ -62,9 +65,12 @@ def gptq(
         return GptqResult(quantize_nearest(weight, number_format, grid), damp, climbed)
     columns = weight.float().T
     if order is None:
-        codes, grid = _sweep_dynamic(columns.contiguous(), factor, number_format, block, mse)
+        solver = _Solver(columns.contiguous(), factor, _shift(drift, factor), number_format)
+        codes, grid = _sweep_dynamic(solver, block, mse)
     else:
-        codes = _sweep_static(columns[order], factor, number_format, block, grid, order)
+        moved = None if drift is None else drift[order][:, order]
+        solver = _Solver(columns[order], factor, _shift(moved, factor), number_format)
+        codes = _sweep_static(solver, block, grid, order)
     return GptqResult(as_quantized(codes.T, grid, number_format), damp, climbed)
 
 
@@ -99,66 +105,72 @@ def _factor(hessian: Tensor, added: Tensor) -> Tensor | None:
     return factor if bool(torch.isfinite(factor).all()) else None
 
 
-def _sweep_static(
-    columns: Tensor,
-    factor: Tensor,
-    number_format: IntegerFormat,
-    block: int,
-    grid: Grid,
-    order: Tensor,
-) -> Tensor:
-    """Codes [K, N] in the original order, of `columns` [K, N] (changed) in the order given."""
+def _shift(drift: Tensor | None, factor: Tensor) -> Tensor | None:
+    """What each column adds to those behind it on account of the drift: triu(D U^T, 1) U."""
+    return None if drift is None else (drift @ factor.T).triu(1) @ factor
+
+
+@dataclass(frozen=True, slots=True)
+class _Solver:
+    """The columns [K, N] of a weight on their way, changed in place, and what corrects them."""
+
+    columns: Tensor
+    factor: Tensor
+    shift: Tensor | None
+    number_format: IntegerFormat
+
+    def quantize(self, start: int, grids: list[Grid]) -> Tensor:
+        """Round the columns from `start` on, one for each of `grids`; correct all behind them."""
+        stop = start + len(grids)
+        current = self.columns[start:stop]
+        codes, errors = torch.empty_like(current), torch.empty_like(current)
+        diagonal = self.factor.diagonal()[start:stop].tolist()
+        within = self.factor[start:stop, start:stop]
+        shift = None if self.shift is None else self.shift[start:stop, start:stop]
+        for index, grid in enumerate(grids):
+            column = current[index]
+            code = round_to_grid(column, grid, self.number_format.max_code)
+            codes[index] = code
+            error = (column - (code - grid.zero) * grid.scale) / diagonal[index]
+            errors[index] = error
+            current[index + 1 :].addr_(within[index, index + 1 :], error, alpha=-1)
+            if shift is not None:
+                current[index + 1 :].addr_(shift[index, index + 1 :], column)
+        behind = self.columns[stop:]
+        behind.addmm_(self.factor[start:stop, stop:].T, errors, alpha=-1)
+        if self.shift is not None:
+            behind.addmm_(self.shift[start:stop, stop:].T, current)
+        return codes
+
+
+def _sweep_static(solver: _Solver, block: int, grid: Grid, order: Tensor) -> Tensor:
+    """Codes [K, N] in the original order; the solver's columns are in the order given."""
     group = (order // (order.numel() // grid.scale.shape[1])).tolist()
     grids = [Grid(*pair) for pair in zip(grid.scale.T.contiguous(), grid.zero.T, strict=True)]
-    codes = torch.empty_like(columns)
+    codes = torch.empty_like(solver.columns)
     for start in range(0, len(group), block):
         stop = min(start + block, len(group))
-        chosen = [grids[g] for g in group[start:stop]]
-        codes[order[start:stop]] = _quantize_block(columns, factor, start, chosen, number_format)
+        codes[order[start:stop]] = solver.quantize(start, [grids[g] for g in group[start:stop]])
     return codes
 
 
-def _sweep_dynamic(
-    columns: Tensor, factor: Tensor, number_format: IntegerFormat, block: int, mse: bool
-) -> tuple[Tensor, Grid]:
-    """Codes [K, N], grids [N, G] of `columns` [K, N] (changed); a group's grid is made at its turn.
+def _sweep_dynamic(solver: _Solver, block: int, mse: bool) -> tuple[Tensor, Grid]:
+    """Codes [K, N] and grids [N, G]; a group's grid is made at its turn.
 
     Blocks end where groups do, so that every weight of a group is up to date when its grid is made.
     """
-    total = columns.shape[0]
-    size = number_format.group_size or total
+    total = solver.columns.shape[0]
+    size = solver.number_format.group_size or total
     block = min(block, size)
-    codes = torch.empty_like(columns)
+    codes = torch.empty_like(solver.columns)
     made: list[Grid] = []
     for first in range(0, total, size):
-        made.append(make_grid(columns[first : first + size].T, number_format, mse=mse))
+        group = solver.columns[first : first + size].T
+        made.append(make_grid(group, solver.number_format, mse=mse))
         for start in range(first, first + size, block):
             count = min(block, first + size - start)
-            chosen = [made[-1]] * count
-            codes[start : start + count] = _quantize_block(
-                columns, factor, start, chosen, number_format
-            )
+            codes[start : start + count] = solver.quantize(start, [made[-1]] * count)
     scale, zero = (
         torch.stack(parts, dim=1) for parts in ([g.scale for g in made], [g.zero for g in made])
     )
     return codes, Grid(scale, zero)
-
-
-def _quantize_block(
-    columns: Tensor, factor: Tensor, start: int, grids: list[Grid], number_format: IntegerFormat
-) -> Tensor:
-    """Round the columns from `start` on, one for each of `grids`, and correct all behind them."""
-    stop = start + len(grids)
-    current = columns[start:stop]
-    codes, errors = torch.empty_like(current), torch.empty_like(current)
-    diagonal = factor.diagonal()[start:stop].tolist()
-    for index, grid in enumerate(grids):
-        column = current[index]
-        code = round_to_grid(column, grid, number_format.max_code)
-        codes[index] = code
-        error = (column - (code - grid.zero) * grid.scale) / diagonal[index]
-        errors[index] = error
-        row = factor[start + index, start + index + 1 : stop]
-        current[index + 1 :].addr_(row, error, alpha=-1)
-    columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    return codes

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from infopt.core.errors import NumericsError
+from infopt.core.formats.exact import round_up
 from infopt.core.formats.number import IntegerFormat
 
 _SMALLEST = 2.0**-24
@@ -36,12 +37,12 @@ def make_grid(weights: Tensor, number_format: IntegerFormat, *, mse: bool) -> Gr
     clips the largest weights for finer steps. Raises NumericsError for weights beyond what a
     float16 scale reaches.
     """
-    grid = _range_grid(weights, number_format, 1.0)
+    grid = range_grid(weights, number_format, 1.0)
     if not mse:
         return grid
     least = _squared_error(weights, grid, number_format)
     for shrink in _SHRINKS:
-        other = _range_grid(weights, number_format, shrink)
+        other = range_grid(weights, number_format, shrink)
         error = _squared_error(weights, other, number_format)
         better = error < least
         least = torch.where(better, error, least)
@@ -56,8 +57,8 @@ def round_to_grid(weights: Tensor, grid: Grid, max_code: int) -> Tensor:
     return (torch.round(weights / grid.scale) + grid.zero).clamp_(0.0, float(max_code))
 
 
-def _range_grid(weights: Tensor, number_format: IntegerFormat, share: float) -> Grid:
-    """The grid that spans a share of the range from the least to the largest weight.
+def range_grid(weights: Tensor, number_format: IntegerFormat, share: float | Tensor) -> Grid:
+    """The grid that spans a share, one for all or [...], of the range of weights [..., columns].
 
     Symmetric: scale 2 max|w| / (2^bits - 1), zero 2^(bits-1). Asymmetric: the range includes 0,
     which is on the grid exactly, and zero is at least 1, since GPTQ v1 cannot store 0.
@@ -66,12 +67,12 @@ def _range_grid(weights: Tensor, number_format: IntegerFormat, share: float) -> 
     low = weights.amin(dim=-1).clamp(max=0.0) * share
     high = weights.amax(dim=-1).clamp(min=0.0) * share
     if number_format.symmetric:
-        scale = _storable(2 * torch.maximum(-low, high) / top, number_format)
+        scale = storable(2 * torch.maximum(-low, high) / top, number_format)
         return Grid(scale, torch.full_like(scale, number_format.middle))
-    scale = _storable((high - low) / top, number_format)
+    scale = storable((high - low) / top, number_format)
     zero = torch.round(-low / scale)
     # With the zero held at 1, one code fewer is left for the weights above it.
-    wider = _storable(torch.maximum(high / (top - 1), -low), number_format)
+    wider = storable(torch.maximum(high / (top - 1), -low), number_format)
     scale = torch.where(zero < 1, wider, scale)
     return Grid(scale, torch.round(-low / scale).clamp(1.0, top))
 
@@ -82,16 +83,18 @@ def _squared_error(weights: Tensor, grid: Grid, number_format: IntegerFormat) ->
     return codes.sub_(each.zero).mul_(each.scale).sub_(weights).square_().sum(dim=-1)
 
 
-def _storable(scale: Tensor, number_format: IntegerFormat) -> Tensor:
-    """Rounded to float16; a group of zeros has the scale 1, and none underflows to 0.
+def storable(scale: Tensor, number_format: IntegerFormat) -> Tensor:
+    """Rounded to what bfloat16 and float16 both hold; a group of zeros has the scale 1.
 
-    Up to 4 bits a scale keeps bfloat16's 8 significant bits: kernels that hold scales in bfloat16,
-    or multiply symmetric codes in float16, then compute with exactly our weights, and the grid is
-    no worse for it, as the codes are chosen after. At 8 bits that would clip the largest weights.
+    Loaders hold scales in the model's dtype, kernels multiply in float16: with bfloat16's 8
+    significant bits all compute with exactly our weights, and the grid is no worse for it, as the
+    codes are chosen after. At 8 bits the scale is rounded up: else the largest weights were
+    clipped by up to half a step. None underflows to 0.
     """
     if scale.numel() and float(scale.max()) > _LARGEST:
         raise NumericsError("weights too large for a float16 scale")
-    if number_format.bits <= 4:
-        scale = scale.to(torch.bfloat16)
-    rounded = scale.to(torch.float16).to(torch.float32).clamp(min=_SMALLEST)
-    return torch.where(scale > 0, rounded, torch.ones_like(rounded))
+    rounded = scale.to(torch.bfloat16)
+    if number_format.bits > 4:
+        rounded = round_up(scale)
+    held = rounded.to(torch.float16).to(torch.float32).clamp(min=_SMALLEST)
+    return torch.where(scale > 0, held, torch.ones_like(held))

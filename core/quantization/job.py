@@ -1,27 +1,35 @@
 """What a quantization will do, resolved from its settings before any weight is read."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from infopt.core.artifact.read import Artifact
 from infopt.core.compression.targets import (
     Target,
     TargetBlock,
     choose_group_size,
+    find_routers,
     find_targets,
-    require_multiple,
 )
 from infopt.core.errors import UnsupportedError
-from infopt.core.formats.gptq import MULTIPLE
+from infopt.core.formats.activation import ActivationFormat
+from infopt.core.formats.fp8 import Fp8Format
+from infopt.core.formats.layout import why_not
+from infopt.core.formats.nf4 import Nf4Format
 from infopt.core.formats.number import IntegerFormat
+from infopt.core.formats.scheme import LayerScheme
 from infopt.core.hardware.choose import choose_device, choose_dtype
 from infopt.core.hardware.probe import probe
+from infopt.core.models.conv1d import is_transposed
 from infopt.core.models.hf import blocks as model_blocks
 from infopt.core.models.hf import resolve, skeleton
+from infopt.core.models.unfused import unfused
 from infopt.core.recipe.quantize import QuantizeSettings
 
 BATCH_TOKENS = 4096
@@ -40,13 +48,36 @@ class Job:
     """The artifact's name of each target's weight, to the target's name in the model."""
     ignored: tuple[str, ...]
     """Linear layers of the blocks that stay as they are."""
-    number_format: IntegerFormat
+    schemes: dict[str, LayerScheme]
+    """By the target's name in the model; empty where weights are only transformed."""
     dtype: torch.dtype
     device: torch.device
 
     @property
     def targets(self) -> tuple[Target, ...]:
         return tuple(target for block in self.blocks for target in block.targets)
+
+    @property
+    def scales(self) -> bool:
+        """Whether inputs are scaled against weights before anything is rounded."""
+        return self.settings.method in ("awq", "smoothquant")
+
+    @property
+    def refers(self) -> bool:
+        """Whether the original model is walked beside the quantized one."""
+        return self.settings.gptaq > 0 or self.settings.how == "autoround"
+
+    @property
+    def observes(self) -> bool:
+        """Whether the statistics of layers' inputs are gathered."""
+        settings = self.settings
+        static = settings.method == "fp8" and settings.fp8 == "static"
+        return self.scales or static or settings.how in ("gptq", "autoround")
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether text is run through the model at all."""
+        return self.observes or self.settings.kv_cache is not None
 
     def identity(self, token_hash: str) -> dict[str, str]:
         """What must be equal for unfinished work to be continued; equal work has equal results."""
@@ -62,8 +93,13 @@ class Job:
         }
 
 
-def resolve_job(artifact: Artifact, settings: QuantizeSettings) -> Job:
-    """Choose targets, groups, device and dtype; raises UsageError or UnsupportedError."""
+def resolve_job(
+    artifact: Artifact, settings: QuantizeSettings, bits: Mapping[str, int] | None = None
+) -> Job:
+    """Choose targets, schemes, device and dtype; raises UsageError or UnsupportedError.
+
+    `bits` gives each target's width where the scheme is mixed; until it is known, the widest.
+    """
     if artifact.quantization is not None:
         raise UnsupportedError(
             f"{artifact.name} is quantized already", "give the model it was made from"
@@ -71,22 +107,22 @@ def resolve_job(artifact: Artifact, settings: QuantizeSettings) -> Job:
     device = choose_device(settings.device)
     dtype = getattr(torch, choose_dtype(settings.dtype, device))
     model = skeleton(artifact)
+    artifact = unfused(model, artifact)
     blocks = find_targets(model, settings.ignore)
     targets = [target for block in blocks for target in block.targets]
-    group_size = choose_group_size(settings.group_size, targets)
-    require_multiple(targets, MULTIPLE, "the gptq format")
-    number_format = IntegerFormat(settings.bits, settings.symmetric, group_size)
+    schemes = _schemes(settings, targets, bits or {})
+    _check_layout(model, settings, targets, schemes)
     stored = {resolve(model, artifact, f"{t.name}.weight")[0]: t.name for t in targets}
     names = {target.name for target in targets}
+    routers = find_routers(model)
     ignored = tuple(
         f"{prefix}.{local}"
         for prefix, block in model_blocks(model)
         for local, module in block.named_modules()
-        if isinstance(module, nn.Linear) and f"{prefix}.{local}" not in names
+        if (isinstance(module, nn.Linear) and f"{prefix}.{local}" not in names)
+        or f"{prefix}.{local}" in routers
     )
-    return Job(
-        artifact, settings, blocks, stored, ignored, number_format, dtype, torch.device(device)
-    )
+    return Job(artifact, settings, blocks, stored, ignored, schemes, dtype, torch.device(device))
 
 
 def keep_bytes(device: torch.device) -> int:
@@ -94,3 +130,77 @@ def keep_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(_KEPT_SHARE * torch.cuda.mem_get_info(device)[0])
     return int(_KEPT_SHARE * probe().memory_available_bytes)
+
+
+def _schemes(
+    settings: QuantizeSettings, targets: Sequence[Target], bits: Mapping[str, int]
+) -> dict[str, LayerScheme]:
+    match settings.scheme:
+        case "W16A16":
+            return {}
+        case "NF4":
+            same = LayerScheme(Nf4Format(settings.double_quant))
+        case "W8A8-fp8":
+            same = _fp8(settings.fp8)
+        case "W8A8-int8":
+            threshold = settings.threshold if settings.method == "llm-int8" else None
+            form = ActivationFormat("int", 8, outlier_threshold=threshold)
+            same = LayerScheme(IntegerFormat(8, True, None), form)
+        case _:
+            size = choose_group_size(settings.group_size, targets)
+            inputs = {"W4A8-int8": 8, "W4A4-int4": 4}.get(str(settings.scheme))
+            form_or_none = None if inputs is None else ActivationFormat("int", inputs)
+            widest = settings.bits or max(settings.mixed_bits)
+            return {
+                t.name: LayerScheme(
+                    IntegerFormat(bits.get(t.name, widest), bool(settings.symmetric), size),
+                    form_or_none,
+                )
+                for t in targets
+            }
+    return {target.name: same for target in targets}
+
+
+def _fp8(kind: str) -> LayerScheme:
+    match kind:
+        case "static":
+            form = ActivationFormat("float", 8, "tensor", dynamic=False)
+            return LayerScheme(Fp8Format("tensor"), form)
+        case "block":
+            return LayerScheme(
+                Fp8Format("block"), ActivationFormat("float", 8, "group", group_size=128)
+            )
+        case _:
+            return LayerScheme(Fp8Format("channel"), ActivationFormat("float", 8))
+
+
+def _check_layout(
+    model: PreTrainedModel,
+    settings: QuantizeSettings,
+    targets: Sequence[Target],
+    schemes: Mapping[str, LayerScheme],
+) -> None:
+    """Raise UnsupportedError naming the layers that the checkpoint format cannot hold, and why."""
+    if settings.format is None:
+        return
+    wrong: list[tuple[Target, str]] = []
+    for target in targets:
+        reason = why_not(settings.format, schemes[target.name], target.outputs, target.inputs)
+        if reason is None and is_transposed(model, target.name) and settings.format != "gptq":
+            reason = "its loaders look for nn.Linear, and this layer is a Conv1D"
+        if reason is not None:
+            wrong.append((target, reason))
+    if settings.kv_cache is not None and settings.format != "compressed-tensors":
+        raise UnsupportedError(
+            f"the {settings.format} format has no place for the scales of a KV cache",
+            "compressed-tensors has: --format compressed-tensors",
+        )
+    if wrong:
+        first, reason = wrong[0]
+        others = f" (and {len(wrong) - 1} more layers)" if len(wrong) > 1 else ""
+        leaves = {target.name.rpartition(".")[2] for target, _ in wrong}
+        pattern = first.name if len(leaves) > 1 or len(wrong) == 1 else f"*.{leaves.pop()}"
+        raise UnsupportedError(
+            f"the {settings.format} format cannot hold {first.name}{others}: {reason}",
+            f"choose another --format, or leave layers as they are: --ignore '{pattern}'",
+        )

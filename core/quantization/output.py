@@ -1,7 +1,6 @@
 """The quantized artifact: its tensors, its configs, and the proof that it is what was computed."""
 
 import json
-import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -10,13 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from infopt.core.artifact.read import Artifact, read_artifact
+from infopt.core.artifact.tables import quantization_table
 from infopt.core.artifact.write import write_artifact
 from infopt.core.compression.walk import Walk
 from infopt.core.errors import NumericsError
 from infopt.core.files import directory_atomically
-from infopt.core.formats.gptq import SUFFIXES
 from infopt.core.quantization.checkpoint import Checkpoint
 from infopt.core.quantization.job import Job
+from infopt.core.recipe.quantize import QuantizeSettings
 from infopt.core.recipe.recipe import Recipe, Step, dump_recipe
 
 TOLERANCE = 1e-4
@@ -25,18 +25,24 @@ TOLERANCE = 1e-4
 
 def stage_artifact(job: Job, checkpoint: Checkpoint) -> Artifact:
     """Write the quantized artifact into the folder of the unfinished work."""
-    table = quantization_table(job)
-    recipe = Recipe(name="quantize", steps=(Step(verb="quantize", settings=job.settings),))
+    config = _config(job)
+    extra = {"recipe.yaml": recipe_text(job)}
+    if job.settings.format in ("gptq", "awq"):
+        table = config["quantization_config"]
+        extra["quantize_config.json"] = json.dumps(table, indent=2) + "\n"
     return write_artifact(
         checkpoint.staging(),
         source=job.artifact,
         tensors=_tensors(job, checkpoint),
-        config={**job.artifact.config, "quantization_config": table},
-        extra={
-            "quantize_config.json": json.dumps(table, indent=2) + "\n",
-            "recipe.yaml": dump_recipe(recipe),
-        },
+        config=config,
+        extra=extra,
     )
+
+
+def recipe_text(job: Job) -> str:
+    """The recipe that makes this artifact again."""
+    step = Step(verb="quantize", settings=job.settings)
+    return dump_recipe(Recipe(name="quantize", steps=(step,)))
 
 
 def publish(staged: Artifact, output: Path, *, replace: bool) -> Artifact:
@@ -67,52 +73,43 @@ def compare_with_disk(job: Job, staged: Artifact, probe: Tensor, expected: Tenso
     return difference
 
 
-def quantization_table(job: Job) -> dict[str, Any]:
-    """`quantization_config` as gptqmodel, vLLM and SGLang read it.
+def _config(job: Job) -> dict[str, Any]:
+    """The model's config, and of what its weights are."""
+    layout = job.settings.format
+    if layout is None:
+        return job.artifact.config
+    names = {target: stored.removesuffix(".weight") for stored, target in job.stored.items()}
+    table = quantization_table(
+        layout,
+        {names[target]: scheme for target, scheme in job.schemes.items()},
+        job.ignored,
+        kv=job.settings.kv_cache,
+        meta=_meta(job.settings),
+    )
+    return {**job.artifact.config, "quantization_config": table}
 
-    Static groups lie in order, so desc_act is false: no loader needs g_idx.
-    """
-    settings = job.settings
+
+def _meta(settings: QuantizeSettings) -> dict[str, Any]:
     meta: dict[str, Any] = {
         "quantizer": [f"infopt:{version('infopt')}"],
         "algorithm": settings.method,
+        "rounding": settings.how,
         "grid": settings.grid,
     }
-    if settings.method == "gptq":
+    if settings.how == "gptq":
         meta |= {
             "damp_percent": settings.damp_percent,
             "act_order": settings.act_order,
             "static_groups": settings.act_order,
             "true_sequential": settings.true_sequential,
         }
-    table: dict[str, Any] = {
-        "bits": settings.bits,
-        "group_size": job.number_format.group_size or -1,
-        "desc_act": False,
-        "sym": settings.symmetric,
-        "lm_head": False,
-        "quant_method": "gptq",
-        "method": "gptq",
-        "format": "gptq",
-        "checkpoint_format": "gptq",
-        "pack_dtype": "int32",
-        "meta": meta,
-    }
-    if job.ignored:
-        # What must not be taken for quantized: gptqmodel, vLLM and SGLang look into the first,
-        # transformers (optimum) into the second.
-        table["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in job.ignored}
-        table["modules_in_block_to_quantize"] = [[target.name for target in job.targets]]
-    return table
+    return meta
 
 
 def _tensors(job: Job, checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the new artifact, one at a time: dense ones as they were stored."""
-    for name in job.artifact.names():
-        target = job.stored.get(name)
-        if target is None:
-            yield name, job.artifact.tensor(name)
-            continue
-        for suffix in SUFFIXES:
-            stem = name.removesuffix("weight")
-            yield f"{stem}{suffix}", checkpoint.tensor(f"{target}.{suffix}")
+    made = set(checkpoint.names())
+    replaced = set(job.stored) if job.schemes else set()
+    kept = {name for name in job.artifact.names() if name not in made and name not in replaced}
+    for name in sorted(made | kept):
+        yield name, checkpoint.tensor(name) if name in made else job.artifact.tensor(name)

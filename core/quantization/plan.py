@@ -8,13 +8,17 @@ import torch
 
 from infopt.core.artifact.read import Artifact
 from infopt.core.errors import ResourceError
+from infopt.core.hardware.probe import probe
 from infopt.core.quantization.job import BATCH_TOKENS, Job, keep_bytes, resolve_job
+from infopt.core.quantization.mixed import SENSITIVITY_TOKENS
+from infopt.core.quantization.qat import qat_memory
 from infopt.core.recipe.quantize import QuantizeSettings
 from infopt.core.reports.schema import Plan
 
 _PROCESS_BYTES = 600 * 2**20
 """Python, torch and transformers themselves."""
 _GEMM = 1024
+QAT_MICRO_TOKENS = 2048
 # Measured on two cores with a model of 135M parameters, 16 to 128 windows of 512 tokens. Linear
 # layers are computed once where their outputs can be kept; attention, norms and all else of a
 # block, repeated for its stages, took half as long again as these.
@@ -30,34 +34,55 @@ def plan_quantize(artifact: Artifact, settings: QuantizeSettings) -> Plan:
     """Targets, memory, disk and time; multiplies two matrices to know this device's speed."""
     job = resolve_job(artifact, settings)
     calibration = settings.calibration
-    tokens = calibration.samples * calibration.sequence_length
-    group = job.number_format.group_size
     actions = [
         f"{settings.method}: {len(job.targets)} linear layers in {len(job.blocks)} blocks to "
-        f"{settings.bits} bits, {f'groups of {group}' if group else 'one group a row'}, "
-        f"{'symmetric' if settings.symmetric else 'asymmetric'}",
+        f"{_scheme_words(job)}",
         f"computing in {str(job.dtype).removeprefix('torch.')} on {job.device.type}",
     ]
-    if settings.method == "gptq":
+    if settings.scheme == "mixed":
+        actions.append(
+            f"measure every unit of layers at {', '.join(map(str, settings.mixed_bits))} bits "
+            f"on {SENSITIVITY_TOKENS} tokens, and allocate bits"
+        )
+    if job.calibrates or settings.how == "qat":
         actions.append(
             f"calibration: {calibration.samples} windows of {calibration.sequence_length} tokens "
             f"of {calibration.text}"
         )
-    actions.append("write a gptq v1 artifact, read it back and compare its logits")
+    if settings.how == "qat":
+        actions.append(f"train {settings.steps} steps from the codes that gptq finds")
+    words = "a dense" if settings.format is None else f"a {settings.format}"
+    actions.append(f"write {words} artifact, read it back and compare its logits")
     return Plan(
         command="quantize",
         actions=tuple(actions),
-        memory_bytes=_memory(job, tokens),
-        disk_bytes=_disk(job, tokens),
-        seconds=_seconds(job, tokens),
+        memory_bytes=memory_of(job),
+        disk_bytes=_disk(job),
+        seconds=_seconds(job),
     )
+
+
+def _scheme_words(job: Job) -> str:
+    if job.settings.scheme in ("mixed", "W16A16"):
+        return str(job.settings.scheme)
+    return "; ".join(sorted({scheme.describe() for scheme in job.schemes.values()}))
+
+
+def check_memory(job: Job) -> None:
+    """Raise ResourceError where the memory that is free cannot hold the work."""
+    needed, free = memory_of(job), probe().memory_available_bytes
+    if job.device.type == "cpu" and needed - _PROCESS_BYTES > free:
+        raise ResourceError(
+            f"quantizing {job.artifact.name} by {job.settings.method} needs about "
+            f"{needed / 2**20:.0f} MiB of memory, and {free / 2**20:.0f} are free",
+            "use fewer or shorter --samples, or a method that holds less (rtn, nf4, fp8)",
+        )
 
 
 def check_disk(job: Job, output: Path) -> None:
     """Raise ResourceError where the disk has no room for the artifact and the work towards it."""
     folder = next(p for p in output.parents if p.exists())
-    calibration = job.settings.calibration
-    needed = int(_disk(job, calibration.samples * calibration.sequence_length) * _DISK_RESERVE)
+    needed = int(_disk(job) * _DISK_RESERVE)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ResourceError(
@@ -67,57 +92,79 @@ def check_disk(job: Job, output: Path) -> None:
         )
 
 
-def _memory(job: Job, tokens: int) -> int:
+def _tokens(job: Job) -> int:
+    """Calibration tokens that are run through the model."""
+    calibration = job.settings.calibration
+    return calibration.samples * calibration.sequence_length if job.calibrates else 0
+
+
+def memory_of(job: Job) -> int:
     """At the peak: all hidden states, one block, and the workspace of its largest layer."""
     width = job.dtype.itemsize
     largest = max(sum(t.outputs * t.inputs for t in block.targets) for block in job.blocks)
     outside = [job.artifact.shape(name) for name in job.artifact.names() if name not in job.stored]
     around = sum(torch.Size(shape).numel() for shape in outside) * width
-    if job.settings.method == "rtn":
-        return _PROCESS_BYTES + max(around, largest * (width + 12))
+    whole = sum(torch.Size(job.artifact.shape(n)).numel() for n in job.artifact.names())
+    if job.settings.how == "qat":
+        vocabulary = int(job.artifact.config.get("vocab_size", 0))
+        return _PROCESS_BYTES + qat_memory(
+            whole, dtype_bytes=width, micro_tokens=QAT_MICRO_TOKENS, vocabulary=vocabulary
+        )
+    held = whole * width if job.settings.scheme == "mixed" else 0
+    if not job.calibrates:
+        return _PROCESS_BYTES + max(held, around, largest * (width + 12))
+    tokens = _tokens(job)
     columns = max(t.inputs for t in job.targets)
     solving = 6 * 4 * columns * columns + 6 * 4 * max(t.outputs * t.inputs for t in job.targets)
-    hidden = tokens * _hidden_size(job) * width
+    hidden = tokens * _hidden_size(job) * width * (2 if job.refers else 1)
     outputs = tokens * width * max(sum(t.outputs for t in b.targets) for b in job.blocks)
     kept = min(outputs, keep_bytes(job.device))
     passing = 3 * outputs * min(1, BATCH_TOKENS / tokens)
-    block = largest * (width + 4) + solving + kept + passing
-    return _PROCESS_BYTES + int(_SLACK * (hidden + max(around, block)))
+    block = largest * (width + 4) * (2 if job.refers else 1) + solving + kept + passing
+    return _PROCESS_BYTES + max(held, int(_SLACK * (hidden + max(around, block))))
 
 
-def _disk(job: Job, tokens: int) -> int:
+def _disk(job: Job) -> int:
     """The artifact, its tensors among the unfinished work, and the hidden states of two blocks."""
-    sizes = [(t.outputs * t.inputs, t.inputs) for t in job.targets]
-    quantized = sum(n * job.number_format.bits_per_weight(columns) / 8 for n, columns in sizes)
-    quantized += sum(4 * columns for _, columns in sizes)
+    quantized = 0.0
+    for target in job.targets:
+        size = target.outputs * target.inputs
+        if job.schemes:
+            quantized += size * job.schemes[target.name].weight.bits_per_weight(target.inputs) / 8
+            quantized += 4 * target.inputs
+        else:
+            quantized += 4 * size
     dense = sum(
         torch.Size(job.artifact.shape(name)).numel()
         * getattr(torch, job.artifact.dtype(name)).itemsize
         for name in job.artifact.names()
         if name not in job.stored
     )
-    hidden = tokens * _hidden_size(job) * job.dtype.itemsize if job.settings.method == "gptq" else 0
+    hidden = _tokens(job) * _hidden_size(job) * job.dtype.itemsize * (2 if job.refers else 1)
+    rotated = job.artifact.weight_bytes if job.settings.method == "rotate" else 0
     # The writer spools a shard before it copies it into place.
-    return int(2 * (quantized + dense) + quantized + 2 * hidden)
+    return int(2 * (quantized + dense) + quantized + 2 * hidden + 2 * rotated)
 
 
 def _hidden_size(job: Job) -> int:
     return min(t.inputs for t in job.targets)
 
 
-def _seconds(job: Job, tokens: int) -> float | None:
+def _seconds(job: Job) -> float | None:
     """Forward passes, Hessians, factorizations, sweeps and errors, at the speed of a product.
 
-    Rounding alone is no matter of products, and short.
+    Rounding alone is no matter of products, and short; searches and training are not predicted.
     """
-    if job.settings.method == "rtn":
+    if job.settings.how != "gptq" or job.scales or job.settings.scheme == "mixed":
         return None
+    tokens = _tokens(job)
     forward = 2.0 * tokens * sum(t.outputs * t.inputs for t in job.targets)
     inputs = {(t.name.rpartition(".")[0], t.inputs) for t in job.targets}
     hessians = sum(1.25 * tokens * columns**2 for _, columns in inputs)
     solving = sum(10.0 * t.outputs * t.inputs**2 for t in job.targets)
     sweeps = _SECONDS_PER_COLUMN * sum(columns for _, columns in inputs)
-    return (_PASSES * forward + hessians + solving) / _flops_per_second(job) + sweeps
+    passes = _PASSES * (2 if job.refers else 1)
+    return (passes * forward + hessians + solving) / _flops_per_second(job) + sweeps
 
 
 def _flops_per_second(job: Job) -> float:

@@ -1,5 +1,6 @@
 """The door: quantize a model and write it as an artifact."""
 
+import dataclasses
 import resource
 import sys
 import time
@@ -9,25 +10,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from infopt.core.artifact.quantized import stored_names
 from infopt.core.artifact.read import Artifact
-from infopt.core.compression.calibration import batches, calibration_tokens, token_hash
-from infopt.core.compression.walk import Walk
+from infopt.core.compression.calibration import calibration_tokens, token_hash
 from infopt.core.errors import NumericsError
 from infopt.core.files import check_output
-from infopt.core.formats.gptq import to_gptq
+from infopt.core.formats.number import IntegerFormat
 from infopt.core.progress import Progress, ProgressCallback, silent
-from infopt.core.quantization.block import quantize_block
 from infopt.core.quantization.checkpoint import Checkpoint, open_checkpoint
-from infopt.core.quantization.job import BATCH_TOKENS, Job, keep_bytes, resolve_job
-from infopt.core.quantization.output import compare_with_disk, publish, stage_artifact
-from infopt.core.quantization.plan import check_disk
+from infopt.core.quantization.job import Job, resolve_job
+from infopt.core.quantization.made import Made
+from infopt.core.quantization.mixed import make_mixed
+from infopt.core.quantization.output import publish
+from infopt.core.quantization.plan import check_disk, check_memory
+from infopt.core.quantization.rotate import check_rotatable
+from infopt.core.quantization.rotated import make_rotated, rotated_job
+from infopt.core.quantization.trained import make_trained
+from infopt.core.quantization.walked import make_walked
 from infopt.core.recipe.quantize import QuantizeSettings
-from infopt.core.reports.quantize import QuantizeReport
+from infopt.core.reports.quantize import LayerError, QuantizeReport
 from infopt.core.reports.schema import Origin
 
-_PROBE_TOKENS = 64
 _PROVENANCE: dict[str, Origin] = {
-    "bits_per_weight": "computed",
+    "bits": "computed",
+    "bits_per_weight": "measured",
     "bytes": "measured",
     "original_bytes": "measured",
     "calibration_tokens": "measured",
@@ -35,6 +41,8 @@ _PROVENANCE: dict[str, Origin] = {
     "seconds": "measured",
     "peak_memory_bytes": "measured",
     "logits_max_difference": "measured",
+    "allocation": "computed",
+    "allocation.measured_ppl_increase": "measured",
     "layers": "measured",
     "model": "measured",
 }
@@ -49,86 +57,74 @@ def quantize(
     replace: bool = False,
     progress: ProgressCallback = silent,
 ) -> QuantizeReport:
-    """Quantize the linear layers of the model's blocks and write a GPTQ v1 artifact to `output`.
+    """Quantize the linear layers of the model's blocks and write the artifact to `output`.
 
     A finished block is durable: after an interrupt or a kill, `resume` continues there, and the
     artifact is byte for byte that of an uninterrupted run. The report's `made` is for the caller.
     Raises UsageError (settings, output), UnsupportedError (model), ResumeError (unfinished work),
-    NumericsError (weights or activations not finite), ResourceError (disk).
+    NumericsError (weights or activations not finite), ResourceError (disk, memory), GateError (no
+    allocation of bits keeps the bound that was given).
     """
     started = time.monotonic()
     output = output.expanduser().absolute()
     check_output(output, replace=replace)
     job = resolve_job(artifact, settings)
     check_disk(job, output)
+    check_memory(job)
+    if settings.method == "rotate":
+        check_rotatable(artifact)
     tokens = calibration_tokens(artifact, settings.calibration, settings.seed)
     identity = job.identity(token_hash(tokens))
     with open_checkpoint(output, identity, resume=resume, replace=replace) as checkpoint:
         resumed = checkpoint.finished
         try:
             _check_weights(job, progress)
-            shown = tokens[:1, :_PROBE_TOKENS]
-            expected = _walk(job, tokens, shown, checkpoint, progress)
-            progress(Progress("writing"))
-            staged = stage_artifact(job, checkpoint)
-            progress(Progress("comparing with what was written"))
-            difference = compare_with_disk(job, staged, shown, expected)
+            made = _make(job, tokens, checkpoint, progress)
         except NumericsError:
             # It would come again: there is nothing to continue.
             checkpoint.discard()
             raise
-        written = publish(staged, output, replace=replace)
-        rows = tuple(checkpoint.rows)
+        written = publish(made.staged, output, replace=replace)
         checkpoint.discard()
     return QuantizeReport(
         model=artifact.summary(),
         provenance=_PROVENANCE,
-        warnings=_warnings(Counter(row.fallback for row in rows if row.fallback)),
+        warnings=(*made.warnings, *_warnings(made.rows)),
         output=str(output),
         method=settings.method,
+        scheme=str(settings.scheme),
         bits=settings.bits,
-        group_size=job.number_format.group_size,
-        symmetric=settings.symmetric,
+        group_size=_group_size(made.job),
+        symmetric=bool(settings.symmetric),
         format=settings.format,
-        bits_per_weight=_bits_per_weight(job),
+        kv_cache=settings.kv_cache,
+        bits_per_weight=_bits_per_weight(written, made.job),
         bytes=written.weight_bytes,
         original_bytes=artifact.weight_bytes,
-        calibration_tokens=tokens.numel() if settings.method == "gptq" else 0,
+        calibration_tokens=tokens.numel() if job.calibrates else 0,
         resumed_blocks=resumed,
         seconds=time.monotonic() - started,
         peak_memory_bytes=_peak_memory(job.device),
-        logits_max_difference=difference,
-        layers=rows,
+        logits_max_difference=made.difference,
+        allocation=made.allocation,
+        layers=made.rows,
     )
 
 
-def _walk(
-    job: Job, tokens: Tensor, shown: Tensor, checkpoint: Checkpoint, progress: ProgressCallback
-) -> Tensor:
-    """Quantize the blocks that are not finished yet; returns the probe's logits at the end."""
-    data = batches(tokens, BATCH_TOKENS) if job.settings.method == "gptq" else ()
-    keep = keep_bytes(job.device)
-    walk = Walk(job.artifact, shown, data, job.dtype, job.device, keep_bytes=keep)
-    progress(Progress("embedding the calibration text"))
-    walk.start()
-    if checkpoint.finished:
-        walk.skip_to(checkpoint.finished, checkpoint.hidden())
-    total, resumed = len(job.targets), len(checkpoint.rows)
-    done = resumed
-    for index in range(checkpoint.finished, len(walk.names)):
-        note = f"block {index + 1} of {len(walk.names)}"
-        progress(Progress("quantizing layers", done, total, note, resumed))
-        walk.load()
-        tensors, rows = {}, []
-        for layer in quantize_block(walk, index, job):
-            parts = to_gptq(layer.weight)
-            tensors.update({f"{layer.row.name}.{key}": part.cpu() for key, part in parts.items()})
-            rows.append(layer.row)
-            done += 1
-            progress(Progress("quantizing layers", done, total, note, resumed))
-        walk.advance()
-        checkpoint.commit(tensors, rows, walk.hidden)
-    return walk.probe_logits()
+def _make(job: Job, tokens: Tensor, checkpoint: Checkpoint, progress: ProgressCallback) -> Made:
+    """Stage the artifact in the way that method and scheme ask for."""
+    settings = job.settings
+    told: tuple[str, ...] = ()
+    if settings.method == "rotate":
+        if settings.scheme == "W16A16":
+            return make_rotated(job, checkpoint, progress)
+        job, told = rotated_job(job, checkpoint, progress)
+    make = make_trained if settings.how == "qat" else make_walked
+    if settings.scheme == "mixed":
+        made = make_mixed(job, tokens, checkpoint, progress, make)
+    else:
+        made = make(job, tokens, checkpoint, progress)
+    return dataclasses.replace(made, warnings=(*made.warnings, *told))
 
 
 def _check_weights(job: Job, progress: ProgressCallback) -> None:
@@ -144,13 +140,22 @@ def _check_weights(job: Job, progress: ProgressCallback) -> None:
             )
 
 
-def _bits_per_weight(job: Job) -> float:
-    sizes = [t.outputs * t.inputs for t in job.targets]
-    bits = [job.number_format.bits_per_weight(t.inputs) for t in job.targets]
-    return sum(b * size for b, size in zip(bits, sizes, strict=True)) / sum(sizes)
+def _bits_per_weight(staged: Artifact, job: Job) -> float:
+    """Stored bits of the targets' weights: codes, scales, zeros and what else they come with."""
+    stored = sum(
+        staged.headers[part].nbytes for name in job.stored for part in stored_names(staged, name)
+    )
+    weights = sum(target.outputs * target.inputs for target in job.targets)
+    return 8 * stored / weights
 
 
-def _warnings(fallbacks: Counter[str | None]) -> tuple[str, ...]:
+def _group_size(job: Job) -> int | None:
+    forms = [scheme.weight for scheme in job.schemes.values()]
+    return next((f.group_size for f in forms if isinstance(f, IntegerFormat)), None)
+
+
+def _warnings(rows: tuple[LayerError, ...]) -> tuple[str, ...]:
+    fallbacks = Counter(row.fallback for row in rows if row.fallback)
     return tuple(
         f"{count} layer{'s' if count > 1 else ''}: {fallback}"
         for fallback, count in fallbacks.items()

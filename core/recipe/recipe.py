@@ -11,19 +11,22 @@ from pydantic import AfterValidator
 from infopt.core.errors import RecipeError
 from infopt.core.recipe.base import Settings, nearest, validated
 from infopt.core.recipe.bench import BenchSettings
+from infopt.core.recipe.convert import ConvertSettings
 from infopt.core.recipe.evaluate import EvaluateSettings
+from infopt.core.recipe.order import check_order
 from infopt.core.recipe.profile import ProfileSettings
 from infopt.core.recipe.quantize import QuantizeSettings
 from infopt.core.recipe.serve import ServeSettings
 
 VERBS: dict[str, type[Settings]] = {
     "quantize": QuantizeSettings,
+    "convert": ConvertSettings,
     "evaluate": EvaluateSettings,
     "profile": ProfileSettings,
     "serve": ServeSettings,
     "bench": BenchSettings,
 }
-WRITING = frozenset({"quantize"})
+WRITING = frozenset({"quantize", "convert"})
 """The verbs that write an artifact, and so can be given an `output`."""
 
 
@@ -114,6 +117,7 @@ def parse_recipe(content: object, where: str) -> Recipe:
         )
     parsed = tuple(_parse_step(step, f"{where}, step {i}") for i, step in enumerate(steps, 1))
     _each_its_own_output(parsed, where)
+    check_order(parsed, where)
     rest = {key: value for key, value in content.items() if key != "steps"}
     return validated(Recipe, {"name": Path(where).stem, **rest, "steps": parsed}, where)
 

@@ -63,13 +63,15 @@ class QuantizeReport(Report):
     method: str
     scheme: str
     """Such as W4A16, or mixed."""
-    bits: int
+    bits: int | None
+    """Of a weight; None where layers differ or stay dense."""
     group_size: int | None
     symmetric: bool
-    format: str
+    format: str | None
+    """The checkpoint format; None is dense."""
     kv_cache: Literal["int8", "fp8"] | None = None
     bits_per_weight: float
-    """Over the quantized layers, scales and zeros included."""
+    """As stored, over the quantized layers, with scales, zeros and indices."""
     bytes: int
     """Of the written weight files."""
     original_bytes: int
@@ -89,4 +91,6 @@ class SensitivityReport(Report):
     command: str = "quantize"
     calibration_tokens: int
     seconds: float
+    allocation: Allocation | None = None
+    """What the settings' target would give; nothing was quantized by it."""
     sensitivity: tuple[SensitivityRow, ...]

@@ -2,9 +2,11 @@
 
 import torch
 
+from infopt.core.artifact.quantized import kv_format
 from infopt.core.artifact.read import Artifact
 from infopt.core.hardware.choose import choose_device, choose_dtype
 from infopt.core.models.config import ModelConfig
+from infopt.core.models.load import weight_bytes
 from infopt.core.recipe.serve import EngineSettings, ServeSettings
 from infopt.core.reports.schema import Plan
 from infopt.core.runtime.kv_cache import block_bytes, blocks_that_fit
@@ -22,7 +24,9 @@ def plan_serve(artifact: Artifact, settings: EngineSettings) -> Plan:
     config = ModelConfig.from_hf(artifact.config)
     name = choose_device(settings.device)
     dtype: torch.dtype = getattr(torch, choose_dtype(settings.dtype, name))
-    weights = artifact.summary().parameters * dtype.itemsize
+    weights = weight_bytes(artifact, dtype)
+    dense = artifact.summary().parameters * dtype.itemsize
+    held = _word(dtype) if weights == dense else f"int8 and {_word(dtype)}"
     longest = settings.max_model_len or config.full_attention_positions
     blocks = settings.kv_blocks or blocks_that_fit(
         config,
@@ -33,9 +37,14 @@ def plan_serve(artifact: Artifact, settings: EngineSettings) -> Plan:
     )
     cache = blocks * block_bytes(config, settings.block_size, dtype)
     actions = [
-        f"load {artifact.name}: {_size(weights)} of weights as {_word(dtype)} on {name}",
+        f"load {artifact.name}: {_size(weights)} of weights as {held} on {name}",
         f"hold a KV cache of {blocks} blocks of {settings.block_size} tokens: {_size(cache)}",
     ]
+    if (form := kv_format(artifact)) is not None:
+        actions.append(
+            f"keep keys and values as {_word(dtype)}: the engine has no {form} KV cache, "
+            "and leaves its scales unused"
+        )
     if isinstance(settings, ServeSettings):
         model = settings.model_name or artifact.name
         actions.append(f"serve it as {model!r} on {settings.host}:{settings.port}")

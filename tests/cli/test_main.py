@@ -10,7 +10,7 @@ import pytest
 
 from infopt.cli.main import run_app
 
-VERBS = ("quantize", "evaluate", "profile", "serve", "bench", "run", "doctor")
+VERBS = ("quantize", "convert", "evaluate", "profile", "serve", "bench", "run", "doctor")
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -67,6 +67,8 @@ def test_the_screen_of_options_names_every_verb(capsys: pytest.CaptureFixture[st
         (["evaluate", ""], "MODEL is empty"),
         (["run", "run/demo", "--resume", "--yes"], "contradict"),
         (["quantize", "no/such/model/dir"], "no/such/model/dir"),
+        (["convert", "no/such/model"], "--format"),
+        (["convert", "x", "--format", "gptq", "--dtype", "float32"], "dense only"),
         (["run", "no-such-recipe.yaml"], "no-such-recipe"),
         (["evaluate", "--json", "no/such/dir/x.json"], "no/such/dir"),
         (["evaluate", "--recipe", "no-such.yaml"], "no-such.yaml"),

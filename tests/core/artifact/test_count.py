@@ -76,7 +76,46 @@ def test_tied_embeddings_count_once() -> None:
         (BNB | {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "bitsandbytes nf4"),
         (BNB | {"load_in_8bit": True}, "bitsandbytes 8-bit"),
         ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8 128x128"),
+        (
+            GPTQ | {"bits": 4, "group_size": 64, "sym": True, "dynamic": {"+:a": {"bits": 3}}},
+            "gptq 3/4-bit g64 sym",
+        ),
+        (GPTQ | {"bits": 4, "sym": True, "dynamic": {"-:a": {}}}, "gptq 4-bit sym"),
     ],
 )
 def test_description(config: dict[str, object] | None, words: str | None) -> None:
     assert describe_quantization(config) == words
+
+
+def test_mixed_and_rounded_inputs_are_described() -> None:
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None}
+    inputs = {"num_bits": 8, "type": "int"}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "mixed-precision",
+        "config_groups": {
+            "group_0": {"targets": ["a"], "weights": weights, "input_activations": inputs},
+            "group_1": {"targets": ["b"], "weights": weights | {"num_bits": 4, "group_size": 64}},
+        },
+        "kv_cache_scheme": {"num_bits": 8, "type": "float"},
+    }
+    expected = "compressed-tensors mixed-precision 4/8-bit g64 sym, int8 inputs, fp8 KV cache"
+    assert describe_quantization(config) == expected
+
+
+def test_packed_layers_of_different_bits_are_counted() -> None:
+    def group(bits: int, target: str) -> dict[str, object]:
+        weights = {"num_bits": bits, "group_size": 32, "strategy": "group"}
+        return {"targets": [target], "weights": weights}
+
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": group(4, "a"), "group_1": group(8, "b")},
+    }
+    headers = {
+        "a.weight_packed": header("int32", 64, 12),
+        "b.weight_packed": header("int32", 64, 24),
+    }
+    assert count_parameters(headers, {}, config) == 2 * 64 * 96

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from infopt.core.artifact.read import Artifact
+from infopt.core.artifact.read import Artifact, read_artifact
 from infopt.core.errors import GateError, NumericsError, UsageError
 from infopt.core.evaluation.evaluate import check_gate, evaluate
 from infopt.core.recipe.evaluate import EvaluateSettings
@@ -51,6 +51,43 @@ def test_perplexity_is_the_loss_of_transformers(make_artifact, text_file: str, s
     assert report.stride == (stride or 64)
     assert report.tokens_per_s > 0
     assert report.baseline is report.kl_divergence is report.delta_nll is None
+
+
+def test_inputs_and_caches_that_are_quantized_are_scored_so(make_artifact, text_file: str) -> None:
+    """int8 codes stand for just the baseline's weights; all that differs is rounded at run time."""
+    one, other = make_artifact("one"), make_artifact("other")
+    tensors = load_file(one.path / "model.safetensors")
+    codes = {n: (t * 16).round().clamp(-128, 127) for n, t in tensors.items() if "_proj" in n}
+    dense = {**tensors, **{name: code / 16 for name, code in codes.items()}}
+    save_file(dense, other.path / "model.safetensors", metadata={"format": "pt"})
+    eighth = {"num_bits": 8, "type": "int", "symmetric": True}
+    scheme = {"strategy": "tensor", "dynamic": False, **eighth}
+    weights, inputs = {"strategy": "channel", **eighth}, {"dynamic": True, **eighth}
+    int8 = {name: code.to(torch.int8) for name, code in codes.items()}
+    int8 |= {f"{n}_scale": torch.full((len(code), 1), 1 / 16) for n, code in codes.items()}
+    caches = {
+        f"model.layers.{n}.self_attn.{kind}": torch.full((1,), 0.1)
+        for n in range(2)
+        for kind in ("k_scale", "v_scale")
+    }
+    found: dict[str, float | None] = {}
+    for case, rounded, cached in (
+        ("none", None, None),
+        ("w8a8", inputs, None),
+        ("kv", None, scheme),
+    ):
+        stored = {**tensors, **int8, **(caches if cached else {})}
+        save_file(stored, one.path / "model.safetensors", metadata={"format": "pt"})
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": rounded}
+        table = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+        groups = {"config_groups": {"group_0": group}, "kv_cache_scheme": cached}
+        artifact = read_artifact(one.path)
+        artifact.config["quantization_config"] = {**table, **groups}
+        found[case] = evaluate(
+            artifact, settings(text_file), read_artifact(other.path)
+        ).kl_divergence
+    assert found["none"] == pytest.approx(0, abs=1e-6)
+    assert found["w8a8"] > 1e-4 and found["kv"] > 1e-4
 
 
 def test_a_model_is_its_own_equal(make_artifact, text_file: str) -> None:

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infopt.core.errors import ArtifactError
+from infopt.core.errors import ArtifactError, UnsupportedError
 from infopt.core.formats.gptq import from_gptq, to_gptq
 from infopt.core.formats.number import IntegerFormat, QuantizedWeight
 
@@ -91,3 +91,24 @@ def test_shapes_that_do_not_fit_are_refused_by_name() -> None:
     tensors["g_idx"] = torch.full((64,), 2, dtype=torch.int32)
     with pytest.raises(ArtifactError, match="names a group beyond"):
         from_gptq(tensors, weight.format, version=1, where="model.x")
+
+
+def test_scales_are_cast_only_where_nothing_is_lost() -> None:
+    weight = random_weight(4, True, 32, outputs=32, columns=64, seed=4)
+
+    def with_scales(scales: torch.Tensor) -> QuantizedWeight:
+        parts = (weight.codes, scales, weight.zeros, weight.group_index, weight.format)
+        return QuantizedWeight(*parts)
+
+    tensors = to_gptq(with_scales(weight.scales.float()))
+    assert tensors["scales"].dtype == torch.float16
+    assert torch.equal(tensors["scales"].T, weight.scales)
+    with pytest.raises(UnsupportedError, match="exact in float16"):
+        to_gptq(with_scales(weight.scales.float() + 2.0**-20))
+
+
+def test_a_zero_of_zero_is_refused() -> None:
+    weight = random_weight(4, False, 32, outputs=32, columns=64, seed=5)
+    weight.zeros[0, 0] = 0
+    with pytest.raises(UnsupportedError, match="zero of 0"):
+        to_gptq(weight)

@@ -15,7 +15,7 @@ from infopt.core.recipe.quantize import QuantizeSettings
 def test_a_plan_tells_what_it_takes(make_llama: Callable[..., Artifact]) -> None:
     found = plan_quantize(make_llama(), QuantizeSettings(device="cpu", dtype="float32"))
     assert found.command == "quantize"
-    assert "14 linear layers in 2 blocks to 4 bits, groups of 64, symmetric" in found.actions[0]
+    assert "14 linear layers in 2 blocks to int4 g64 sym" in found.actions[0]
     assert found.memory_bytes > 0 and found.seconds is not None and found.seconds > 0
 
 

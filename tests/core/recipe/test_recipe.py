@@ -163,7 +163,9 @@ def test_a_key_said_twice_is_told_with_its_line(tmp_path: Path) -> None:
 
 def test_merged_keys_may_be_overridden(tmp_path: Path) -> None:
     file = tmp_path / "merged.yaml"
-    file.write_text("steps:\n- quantize: &q {bits: 4}\n- quantize: {<<: *q, bits: 8}\n")
+    file.write_text(
+        "steps:\n- quantize: &q {bits: 4}\n- quantize: {<<: *q, bits: 8, model: default}\n"
+    )
     bits = [step.settings.model_dump()["bits"] for step in load_recipe(file).steps]
     assert bits == [4, 8]
 

@@ -24,3 +24,14 @@ def test_what_it_takes(tiny_model: Path, dtype: str, size: int) -> None:
 def test_an_engine_alone_is_not_served(tiny_model: Path) -> None:
     plan = plan_serve(read_artifact(tiny_model), EngineSettings(max_running=2, max_model_len=64))
     assert len(plan.actions) == 2 and "8 blocks of 16" in plan.actions[1]
+
+
+def test_a_quantized_cache_is_said_to_be_unused(tiny_model: Path) -> None:
+    artifact = read_artifact(tiny_model)
+    artifact.config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor"},
+    }
+    plan = plan_serve(artifact, EngineSettings(max_running=2, max_model_len=64, dtype="float32"))
+    assert len(plan.actions) == 3 and "the engine has no fp8 KV cache" in plan.actions[2]
+    assert "of weights as float32" in plan.actions[0]

@@ -1,0 +1,1 @@
+"""From one checkpoint format into another: the same weights, re-packed."""

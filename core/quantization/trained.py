@@ -1,0 +1,123 @@
+"""QAT: GPTQ's codes first, then training on them."""
+
+import torch
+from torch import Tensor
+
+from infopt.core.artifact.quantized import linear_weight
+from infopt.core.artifact.read import read_artifact
+from infopt.core.formats.layout import encode
+from infopt.core.formats.number import IntegerFormat, QuantizedWeight
+from infopt.core.models.hf import load_transformers, resolve, skeleton
+from infopt.core.progress import Progress, ProgressCallback
+from infopt.core.quantization.block import stored_tensor
+from infopt.core.quantization.checkpoint import Checkpoint, open_checkpoint
+from infopt.core.quantization.job import Job
+from infopt.core.quantization.made import PROBE_TOKENS, Made
+from infopt.core.quantization.output import compare_with_disk, publish, stage_artifact
+from infopt.core.quantization.qat import QatResult, QatSettings, train
+from infopt.core.quantization.rounding import Layer, report_rounded
+from infopt.core.quantization.walked import make_walked
+from infopt.core.reports.quantize import LayerError
+
+
+def make_trained(
+    job: Job, tokens: Tensor, checkpoint: Checkpoint, progress: ProgressCallback
+) -> Made:
+    """Train from GPTQ's codes; both stages are kept by `resume`, the training by its steps."""
+    initial = _initial(job, tokens, checkpoint, progress)
+    settings = job.settings
+    forms = {
+        name: form
+        for name, scheme in job.schemes.items()
+        if isinstance(form := scheme.weight, IntegerFormat)
+    }
+    trained = train(
+        job.artifact,
+        forms,
+        tokens,
+        QatSettings(steps=settings.steps, learning_rate=settings.learning_rate, seed=settings.seed),
+        dtype=job.dtype,
+        device=job.device,
+        initial=initial,
+        folder=checkpoint.stage("training"),
+        progress=progress,
+    )
+    checkpoint.restart()
+    _commit(job, trained, checkpoint)
+    progress(Progress("writing"))
+    staged = stage_artifact(job, checkpoint)
+    progress(Progress("comparing with what was written"))
+    shown = tokens[:1, :PROBE_TOKENS]
+    difference = compare_with_disk(job, staged, shown, _logits(job, trained, shown))
+    return Made(staged, job, tuple(checkpoint.rows), difference)
+
+
+def _initial(
+    job: Job, tokens: Tensor, checkpoint: Checkpoint, progress: ProgressCallback
+) -> dict[str, QuantizedWeight]:
+    """GPTQ's codes of every target, from a stage of its own."""
+    place = checkpoint.stage("gptq")
+    if not place.exists():
+        settings = job.settings.model_copy(update={"method": "gptq", "format": "gptq"})
+        first = Job(
+            job.artifact,
+            settings,
+            job.blocks,
+            job.stored,
+            job.ignored,
+            job.schemes,
+            job.dtype,
+            job.device,
+        )
+        identity = first.identity("of the stage")
+        with open_checkpoint(place, identity, resume=True, replace=False) as own:
+            made = make_walked(first, tokens, own, progress)
+            publish(made.staged, place, replace=False)
+            own.discard()
+    artifact = read_artifact(place)
+    found = {}
+    for stored, target in job.stored.items():
+        weight = linear_weight(artifact, stored.removesuffix(".weight"))
+        assert isinstance(weight, QuantizedWeight)
+        found[target] = weight
+    return found
+
+
+def _commit(job: Job, trained: QatResult, checkpoint: Checkpoint) -> None:
+    """Make the trained blocks durable; what lies outside of them goes with the last."""
+    model = skeleton(job.artifact)
+    stored = {target: name for name, target in job.stored.items()}
+    assert job.settings.format is not None
+    for index, block in enumerate(job.blocks):
+        last = index == len(job.blocks) - 1
+        tensors: dict[str, Tensor] = {}
+        rows: list[LayerError] = []
+        for target in block.targets:
+            name, weight = stored[target.name], trained.weights[target.name]
+            parts = encode(job.settings.format, weight)
+            stem = name.removesuffix("weight")
+            tensors.update({f"{stem}{key}": part.cpu() for key, part in parts.items()})
+            original = job.artifact.tensor(name).to(job.device, torch.float32)
+            original = original if original.shape == weight.codes.shape else original.T
+            layer = Layer(target.name, original, job.schemes[target.name])
+            rows.append(report_rounded(layer, weight, None, job.settings).row)
+        for name, value in trained.others.items():
+            inside = any(name.startswith(f"{b.name}.") for b in job.blocks)
+            if name.startswith(f"{block.name}.") or (last and not inside):
+                key = resolve(model, job.artifact, name)[0]
+                tensors[key] = stored_tensor(job.artifact, key, value)
+        checkpoint.commit(tensors, rows, ())
+
+
+@torch.no_grad()
+def _logits(job: Job, trained: QatResult, shown: Tensor) -> Tensor:
+    """What the trained model makes of a probe [1, length], computed without the artifact."""
+    model = load_transformers(job.artifact, job.dtype, job.device)
+    for name, weight in trained.weights.items():
+        model.get_submodule(name).weight.copy_(weight.dequantize())
+    parameters = dict(model.named_parameters())
+    for name, value in trained.others.items():
+        stored = resolve(model, job.artifact, name)[0]
+        parameters[name].copy_(stored_tensor(job.artifact, stored, value))
+    logits: Tensor = model(input_ids=shown.to(job.device), use_cache=False).logits
+    return logits.cpu()

@@ -1,0 +1,71 @@
+"""Quantize block by block on a walk through the model."""
+
+from torch import Tensor
+
+from infopt.core.compression.calibration import batches
+from infopt.core.compression.walk import Walk
+from infopt.core.models.experts import Calibration
+from infopt.core.progress import Progress, ProgressCallback
+from infopt.core.quantization.block import quantize_block
+from infopt.core.quantization.checkpoint import Checkpoint
+from infopt.core.quantization.job import BATCH_TOKENS, Job, keep_bytes
+from infopt.core.quantization.made import PROBE_TOKENS, Made
+from infopt.core.quantization.output import compare_with_disk, stage_artifact
+
+
+def make_walked(
+    job: Job, tokens: Tensor, checkpoint: Checkpoint, progress: ProgressCallback
+) -> Made:
+    """Quantize every block that is not finished yet, and stage the artifact."""
+    shown = tokens[:1, :PROBE_TOKENS]
+    expected = _walk(job, tokens, shown, checkpoint, progress)
+    progress(Progress("writing"))
+    staged = stage_artifact(job, checkpoint)
+    progress(Progress("comparing with what was written"))
+    difference = compare_with_disk(job, staged, shown, expected)
+    return Made(staged, job, tuple(checkpoint.rows), difference)
+
+
+def _walk(
+    job: Job, tokens: Tensor, shown: Tensor, checkpoint: Checkpoint, progress: ProgressCallback
+) -> Tensor:
+    """Quantize the blocks that are not finished yet; returns the probe's logits at the end."""
+    data = batches(tokens, BATCH_TOKENS) if job.calibrates else ()
+    walk = _started(job, shown, data, keep_bytes(job.device), progress)
+    reference = _started(job, shown, data, 0, progress) if job.refers else None
+    if checkpoint.finished:
+        hidden = checkpoint.hidden()
+        walk.skip_to(checkpoint.finished, hidden[: len(walk.tokens)])
+        if reference is not None:
+            reference.skip_to(checkpoint.finished, hidden[len(walk.tokens) :])
+    total, resumed = len(job.targets), len(checkpoint.rows)
+    done = resumed
+    for index in range(checkpoint.finished, len(walk.names)):
+        note = f"block {index + 1} of {len(walk.names)}"
+
+        def tick(_: str, note: str = note) -> None:
+            nonlocal done
+            done += 1
+            progress(Progress("quantizing layers", done, total, note, resumed))
+
+        progress(Progress("quantizing layers", done, total, note, resumed))
+        for each in (walk, reference):
+            if each is not None:
+                each.load()
+        result = quantize_block(walk, reference, index, job, tick)
+        walk.advance()
+        if reference is not None and reference.position == index:
+            reference.advance()
+        hidden = [*walk.hidden, *(reference.hidden if reference is not None else ())]
+        checkpoint.commit(result.tensors, result.rows, hidden)
+    return walk.probe_logits()
+
+
+def _started(
+    job: Job, shown: Tensor, data: tuple[Tensor, ...], keep: int, progress: ProgressCallback
+) -> Walk:
+    experts: Calibration = "all" if job.settings.calibrate_all_experts else "routed"
+    walk = Walk(job.artifact, shown, data, job.dtype, job.device, keep_bytes=keep, experts=experts)
+    progress(Progress("embedding the calibration text"))
+    walk.start()
+    return walk
