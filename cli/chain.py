@@ -13,6 +13,8 @@ from infopt.cli.kept import kept, key_of, prepare, remember
 from infopt.cli.options import Common
 from infopt.cli.screen import Screen
 from infopt.cli.verb import (
+    PAGE,
+    REPORT,
     Perform,
     Planner,
     Work,
@@ -123,7 +125,7 @@ def run_chain(path: Path, model: str | None, common: Common, *, resume: bool) ->
         prepare(root, anew=common.yes, resume=resume)
         report, gate = _all_steps(Chain(recipe, root, common, screen, resume))
         show(screen, report, common.json)
-        screen.note(f"report: {root / 'report.json'}")
+        screen.note(f"report: {root / REPORT}, {root / PAGE}")
         if gate is not None:
             raise gate
 
@@ -219,7 +221,7 @@ def _whole(
     chain: Chain, steps: tuple[StepReport, ...], began: datetime, seconds: float
 ) -> RunReport:
     from infopt.core.reports.environment import making
-    from infopt.core.reports.store import save
+    from infopt.core.reports.store import save, save_html
 
     whole = RunReport(
         recipe=chain.recipe.name,
@@ -234,5 +236,6 @@ def _whole(
             device=chain.common.device or "auto",
         ),
     )
-    save(whole, chain.root / "report.json")
+    save(whole, chain.root / REPORT)
+    save_html(whole, chain.root / PAGE)
     return whole

@@ -47,6 +47,7 @@ class Work:
 
 
 REPORT = "report.json"
+PAGE = "report.html"
 Perform = Callable[[Work], Report]
 Planner = Callable[[Work], Plan]
 
@@ -149,12 +150,14 @@ def done(perform: Perform, work: Work) -> Report:
 
 
 def keep(report: Report, folder: Path | None) -> None:
-    """Lay the report of an artifact into it, any other into the folder that was asked for."""
-    from infopt.core.reports.store import save
+    """Lay the report of an artifact into it, any other into the folder that was asked for; the
+    same as a page beside it."""
+    from infopt.core.reports.store import save, save_html
 
     place = Path(report.output) if isinstance(report, QuantizeReport | ConvertReport) else folder
     if place is not None:
         save(report, place / REPORT)
+        save_html(report, place / PAGE)
 
 
 def check_report_folder(folder: Path | None, *, replace: bool) -> None:

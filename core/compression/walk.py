@@ -111,7 +111,7 @@ class Walk:
         self._rounding.append(round_layer_inputs(self.model, name, form, scale))
 
     def round_kv(self, scales: Mapping[str, Tensor], form: KvFormat) -> None:
-        """Let the loaded block's attention see keys and values as a cache would, until `advance`."""
+        """Let the loaded block's attention see what a cache would give back, until `advance`."""
         self._rounding.extend(round_kv(self.model, scales, form))
 
     @property

@@ -151,10 +151,10 @@ def _schemes(
             inputs = {"W4A8-int8": 8, "W4A4-int4": 4}.get(str(settings.scheme))
             form_or_none = None if inputs is None else ActivationFormat("int", inputs)
             widest = settings.bits or max(settings.mixed_bits)
+            symmetric = bool(settings.symmetric)
             return {
                 t.name: LayerScheme(
-                    IntegerFormat(bits.get(t.name, widest), bool(settings.symmetric), size),
-                    form_or_none,
+                    IntegerFormat(bits.get(t.name, widest), symmetric, size), form_or_none
                 )
                 for t in targets
             }

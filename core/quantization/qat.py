@@ -52,8 +52,10 @@ class QatSettings:
     learning_rate: what Adam moves a weight by at most, in steps of its grid, at its peak; scales
     and other parameters move by shares of their own size that `scale_rate` and `other_rate` give.
     batch_tokens: of one update; micro_tokens: of one pass, whose activations are in memory.
-    pull: how much of their way from the middle of their code towards the original weights start;
     hard: the share of cross-entropy in the loss; clip: the largest norm of the gradient.
+    pull: how much of the way from the middle of its code towards the original weight it starts. At
+    1 the many weights that GPTQ did not round to nearest lie at the edge of their code, and the
+    first step turns them all at once, which undoes GPTQ; at 0 what nearest rounding knew is lost.
     """
 
     steps: int = 200
@@ -65,7 +67,7 @@ class QatSettings:
     warm_up: float = 0.05
     hard: float = 0.0
     clip: float = 1.0
-    pull: float = 1.0
+    pull: float = 0.5
     seed: int = 0
     save_every: int = 50
 

@@ -60,6 +60,11 @@ def scale_block(walk: Walk, index: int, groups: Sequence[Group], job: Job) -> Sc
         scaled.changed.update(scale_pair(walk, pair, scales))
         statistics[group] = statistics[group].divided(scales)
     scaled.changed -= {f"{name}.weight" for name in job.schemes}
+    for name in scaled.changed:
+        # What is computed with from here on is what will be read back.
+        stored = job.artifact.dtype(resolve(walk.model, job.artifact, name)[0])
+        parameter = walk.model.get_parameter(name)
+        parameter.copy_(parameter.to(getattr(torch, stored)))
     return scaled
 
 

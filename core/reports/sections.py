@@ -120,7 +120,6 @@ def _quantize_facts(report: QuantizeReport) -> Facts:
         fact("bits per weight", number(report.bits_per_weight, ".3f"), "bits_per_weight"),
         fact("took", seconds(report.seconds), "seconds"),
         fact("peak memory", size(report.peak_memory_bytes), "peak_memory_bytes"),
-        fact("calibrated on", f"{report.calibration_tokens:,} tokens", "calibration_tokens"),
         fact(
             "read back",
             f"logits differ by at most {number(report.logits_max_difference, '.1e')}",
@@ -129,6 +128,9 @@ def _quantize_facts(report: QuantizeReport) -> Facts:
     ]
     if report.kv_cache:
         facts.insert(2, Fact("KV cache", report.kv_cache))
+    if report.calibration_tokens:
+        tokens = f"{report.calibration_tokens:,} tokens"
+        facts.append(fact("calibrated on", tokens, "calibration_tokens"))
     if report.resumed_blocks:
         facts.append(fact("resumed", f"{report.resumed_blocks} blocks", "resumed_blocks"))
     return Facts((*facts, Fact("written to", report.output)))
