@@ -59,14 +59,14 @@ class QatSettings:
     """
 
     steps: int = 200
-    learning_rate: float = 1e-2
-    scale_rate: float = 1e-3
-    other_rate: float = 1e-3
+    learning_rate: float = 5e-3
+    scale_rate: float = 5e-3
+    other_rate: float = 5e-3
     batch_tokens: int = 2048
     micro_tokens: int = 2048
     warm_up: float = 0.05
     hard: float = 0.0
-    clip: float = 1.0
+    clip: float = 2.0
     pull: float = 0.5
     seed: int = 0
     save_every: int = 50

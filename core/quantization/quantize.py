@@ -16,6 +16,8 @@ from infopt.core.compression.calibration import calibration_tokens, token_hash
 from infopt.core.errors import NumericsError
 from infopt.core.files import check_output
 from infopt.core.formats.number import IntegerFormat
+from infopt.core.models.experts import experts_around
+from infopt.core.models.hf import skeleton
 from infopt.core.progress import Progress, ProgressCallback, silent
 from infopt.core.quantization.checkpoint import Checkpoint, open_checkpoint
 from infopt.core.quantization.job import Job, resolve_job
@@ -89,7 +91,7 @@ def quantize(
     return QuantizeReport(
         model=artifact.summary(),
         provenance=_PROVENANCE,
-        warnings=(*made.warnings, *_warnings(made.rows)),
+        warnings=(*made.warnings, *_told(made.job), *_warnings(made.rows)),
         output=str(output),
         method=settings.method,
         scheme=str(settings.scheme),
@@ -152,6 +154,19 @@ def _bits_per_weight(staged: Artifact, job: Job) -> float:
 def _group_size(job: Job) -> int | None:
     forms = [scheme.weight for scheme in job.schemes.values()]
     return next((f.group_size for f in forms if isinstance(f, IntegerFormat)), None)
+
+
+def _told(job: Job) -> tuple[str, ...]:
+    """What a user of the artifact should know of its loaders."""
+    if job.settings.format != "gptq":
+        return ()
+    model = skeleton(job.artifact)
+    if any(experts_around(model, f"{target.name}.weight") for target in job.targets):
+        return (
+            "plain transformers leaves experts in the gptq format uninitialised; gptqmodel and "
+            "vLLM read them, or choose --format compressed-tensors",
+        )
+    return ()
 
 
 def _warnings(rows: tuple[LayerError, ...]) -> tuple[str, ...]:

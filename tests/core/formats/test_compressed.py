@@ -134,7 +134,11 @@ def test_compressed_tensors_reads_our_floats(strategy: Any) -> None:
     weight = to_fp8(torch.randn(200, 256), Fp8Format(strategy))
     block = {"block_structure": [128, 128]} if strategy == "block" else {}
     scheme = theirs("float", 8, strategy, **block)
-    dense = compressor("float-quantized").decompress(to_float(weight), scheme)["weight"]
+    tensors = to_float(weight)
+    assert tensors["weight_scale"].dtype == torch.bfloat16  # as a bfloat16 model holds it
+    # It computes in the dtype of the scale, which a loader sets to the model's.
+    tensors["weight_scale"] = tensors["weight_scale"].to(torch.float32)
+    dense = compressor("float-quantized").decompress(tensors, scheme)["weight"]
     assert torch.equal(dense, weight.dequantize())
 
 

@@ -22,7 +22,7 @@ from infopt.core.quantization.qat import QatResult, QatSettings, qat_memory, tra
 CPU = torch.device("cpu")
 FORM = IntegerFormat(2, False, 32)
 SETTINGS = QatSettings(
-    steps=12, learning_rate=0.02, batch_tokens=64, micro_tokens=32, save_every=5, seed=3
+    steps=12, learning_rate=0.02, batch_tokens=64, micro_tokens=32, save_every=5, seed=3, pull=1.0
 )
 Make = Callable[..., Artifact]
 

@@ -213,7 +213,7 @@ def test_unfinished_work_is_never_mixed_with_other_work(
         quantize(source, out, wanted)
     assert "--resume" in str(caught.value.hint) and "--yes" in str(caught.value.hint)
     others = {
-        "setting bits": (source, settings(calibration_file, bits=8)),
+        "setting scheme": (source, settings(calibration_file, bits=8)),
         "setting damp_percent": (source, settings(calibration_file, damp_percent=0.02)),
         "calibration tokens": (source, settings(calibration_file, seed=1)),
         "model": (make_llama("other", rms_norm_eps=0.1), wanted),
