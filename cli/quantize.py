@@ -184,11 +184,13 @@ def quantize(
         typer.Option("--iterations", help="AutoRound: steps for each block.", show_default="200"),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", help="QAT: optimizer steps.", show_default="100")
+        int | None, typer.Option("--steps", help="QAT: optimizer steps.", show_default="200")
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option("--learning-rate", help="QAT: the peak, in steps of the grid."),
+        typer.Option(
+            "--learning-rate", help="QAT: the peak, in steps of the grid.", show_default="0.005"
+        ),
     ] = None,
     all_experts: Annotated[
         bool | None,

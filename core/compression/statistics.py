@@ -63,17 +63,26 @@ def complete_hessian(hessian: Tensor) -> Tensor:
     return hessian.triu() + hessian.triu(1).T
 
 
-def output_power(weight: Tensor, hessian: Tensor | None) -> Tensor:
-    """||W x||^2 on average over the inputs x, up to a constant: tr(W H W^T); a scalar.
+def row_powers(weight: Tensor, hessian: Tensor | None) -> Tensor:
+    """||w x||^2 on average over the inputs x, up to a constant, for each row w of a weight: [N].
 
-    Without a Hessian every input counts the same: ||W||^2.
+    Without a Hessian every input counts the same: ||w||^2.
     """
-    return ((weight if hessian is None else weight @ hessian) * weight).sum()
+    return ((weight if hessian is None else weight @ hessian) * weight).sum(dim=1)
+
+
+def output_power(weight: Tensor, hessian: Tensor | None) -> Tensor:
+    """||W x||^2 on average over the inputs x, up to a constant: tr(W H W^T); a scalar."""
+    return row_powers(weight, hessian).sum()
+
+
+def error_share(error: Tensor, power: Tensor) -> float:
+    """The sum of rows' error powers over that of their output powers; 0 where there is none."""
+    whole = float(power.sum())
+    # Rounding can leave a power that is 0 in truth slightly below it.
+    return max(float(error.sum()), 0.0) / whole if whole > 0 else 0.0
 
 
 def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> float:
     """||(W - Q) X||^2 / ||W X||^2 by way of the Hessian of the inputs; 0 where W X is 0."""
-    error = float(output_power(weight - quantized, hessian))
-    power = float(output_power(weight, hessian))
-    # Rounding can leave a power that is 0 in truth slightly below it.
-    return max(error, 0.0) / power if power > 0 else 0.0
+    return error_share(row_powers(weight - quantized, hessian), row_powers(weight, hessian))

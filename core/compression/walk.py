@@ -7,6 +7,7 @@ forward pass of the model in which every block hands its input on, so no model n
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from infopt.core.artifact.read import Artifact
-from infopt.core.compression.replay import Replay, replace_forward
+from infopt.core.compression.replay import Replay, Tail, find_tail, replace_forward
 from infopt.core.compression.targets import Target
 from infopt.core.errors import NumericsError
 from infopt.core.formats.activation import ActivationFormat
@@ -75,6 +76,8 @@ class Walk:
         self._replay = Replay(keep_bytes)
         self._targets: frozenset[str] = frozenset()
         self._settled: set[str] = set()
+        self._tails: dict[str, tuple[str, Tail]] = {}
+        self._held_after: dict[str, frozenset[str]] = {}
         self._rounding: list[RemovableHandle] = []
 
     @torch.no_grad()
@@ -141,8 +144,10 @@ class Walk:
 
         names = [target.name for target in targets]
         self._targets = frozenset(names)
+        outputs: dict[nn.Module, Tensor] = {}
         with ExitStack() as hooks:
             self._watch(hooks, names, note)
+            self._watch_outputs(hooks, names, outputs)
             self._forward(0)
         called = {name for _, group in order for name in group}
         groups = [tuple(dict.fromkeys(group)) for _, group in order]
@@ -159,6 +164,9 @@ class Walk:
 
             def note(name: str, value: Tensor, found: dict[str, Tensor] = found) -> None:
                 found[name] = value
+                if name in self._tails:
+                    self._replay.hold(name, value)
+                    self._held_after[name] = frozenset(self._settled)
                 if len(found) == len(names):
                     raise _Enough
 
@@ -186,8 +194,15 @@ class Walk:
             self._replay.add(name, self.layer(name))
         block = self.names[self.position]
         for parent in sorted({p for name in names for p in _parents(name, block)}, key=len):
-            if all(t in self._settled for t in self._targets if t.startswith(f"{parent}.")):
-                self._replay.add(parent, self.model.get_submodule(parent))
+            inside = {t for t in self._targets if t.startswith(f"{parent}.")}
+            if not inside <= self._settled:
+                continue
+            module = self.model.get_submodule(parent)
+            for name, (owner, tail) in self._tails.items():
+                # What the tail was given must have been computed by the others as they are now.
+                if owner == parent and inside - {name} <= self._held_after.get(name, frozenset()):
+                    self._replay.add_tail(name, module, tail)
+            self._replay.add(parent, module)
 
     @torch.no_grad()
     def advance(self, *, keep: bool = False) -> None:
@@ -209,6 +224,11 @@ class Walk:
         self._replay.clear()
         self._replay.recording = True
         self._settled.clear()
+        self._tails.clear()
+        self._held_after.clear()
+        for handle in self._rounding:
+            handle.remove()
+        self._rounding.clear()
         if not keep:
             release(self._blocks[self.position])
         self.position += 1
@@ -296,6 +316,28 @@ class Walk:
                 sink(name, args[0])
 
             hooks.enter_context(self.layer(name).register_forward_pre_hook(hook))
+
+    def _watch_outputs(
+        self, hooks: ExitStack, names: Sequence[str], outputs: dict[nn.Module, Tensor]
+    ) -> None:
+        """Find the modules of the block that return what one of the layers `names` computed."""
+        by_layer: dict[nn.Module, str] = {self.layer(name): name for name in names}
+        block = self.names[self.position]
+
+        def layer_hook(module: nn.Module, _: Any, output: Tensor) -> None:
+            outputs[module] = output
+
+        def parent_hook(module: nn.Module, _: Any, output: Any, parent: str = "") -> None:
+            tail = find_tail(output, outputs)
+            if tail is not None and by_layer[tail.layer].startswith(f"{parent}."):
+                self._tails[by_layer[tail.layer]] = (parent, tail)
+
+        for layer in by_layer:
+            hooks.enter_context(layer.register_forward_hook(layer_hook))
+        for parent in {p for name in names for p in _parents(name, block)} - {block}:
+            module = self.model.get_submodule(parent)
+            hook = partial(parent_hook, parent=parent)
+            hooks.enter_context(module.register_forward_hook(hook))
 
     def fill_outside(self) -> None:
         """Read what lies around the blocks: embeddings, the last norm, the head."""

@@ -80,15 +80,14 @@ def _round_stages(
     static = settings.method == "fp8" and settings.fp8 == "static"
     drifting = reference if settings.gptaq > 0 else None
     known = scaled.statistics if scaled is not None else {}
-    for number, stage in enumerate(turns, 1):
+    for stage in turns:
         if again:
             known = gather(walk, stage, ranges=static, reference=drifting)
         for group in stage:
             layers = [_layer(walk, name, scaled, job) for name in group]
             rounded = round_layers(layers, known.get(group), settings)
             _take_over(walk, rounded, _input_scales(group, known, job), job, result, tick)
-        if number < len(turns):
-            walk.settle([name for group in stage for name in group])
+        walk.settle([name for group in stage for name in group])
 
 
 def _layer(walk: Walk, name: str, scaled: Scaled | None, job: Job) -> Layer:

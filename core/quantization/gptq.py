@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from infopt.core.formats.number import IntegerFormat, QuantizedWeight
-from infopt.core.quantization.grid import Grid, make_grid, round_to_grid
+from infopt.core.quantization.grid import Grid, make_grid
 from infopt.core.quantization.nearest import as_quantized, quantize_nearest
 
 _BLOCK = 128
+_LEAF = 16
 _LADDER = (0.02, 0.05, 0.1, 0.2, 0.5)
 
 
@@ -123,24 +124,64 @@ class _Solver:
         """Round the columns from `start` on, one for each of `grids`; correct all behind them."""
         stop = start + len(grids)
         current = self.columns[start:stop]
-        codes, errors = torch.empty_like(current), torch.empty_like(current)
-        diagonal = self.factor.diagonal()[start:stop].tolist()
-        within = self.factor[start:stop, start:stop]
-        shift = None if self.shift is None else self.shift[start:stop, start:stop]
-        for index, grid in enumerate(grids):
-            column = current[index]
-            code = round_to_grid(column, grid, self.number_format.max_code)
-            codes[index] = code
-            error = (column - (code - grid.zero) * grid.scale) / diagonal[index]
-            errors[index] = error
-            current[index + 1 :].addr_(within[index, index + 1 :], error, alpha=-1)
-            if shift is not None:
-                current[index + 1 :].addr_(shift[index, index + 1 :], column)
+        block = _Block(
+            current,
+            self.factor[start:stop, start:stop],
+            None if self.shift is None else self.shift[start:stop, start:stop],
+            torch.empty_like(current),
+            torch.empty_like(current),
+            grids,
+            self.number_format,
+        )
+        block.solve(0, len(grids))
         behind = self.columns[stop:]
-        behind.addmm_(self.factor[start:stop, stop:].T, errors, alpha=-1)
+        behind.addmm_(self.factor[start:stop, stop:].T, block.errors, alpha=-1)
         if self.shift is not None:
             behind.addmm_(self.shift[start:stop, stop:].T, current)
-        return codes
+        return block.codes
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Neighbouring columns [B, N] that are solved before those behind them are corrected."""
+
+    columns: Tensor
+    factor: Tensor
+    shift: Tensor | None
+    codes: Tensor
+    errors: Tensor
+    grids: list[Grid]
+    number_format: IntegerFormat
+
+    def solve(self, first: int, last: int) -> None:
+        """Half by half: corrections between the halves are one product, not many rank-one ones."""
+        if last - first <= _LEAF:
+            self._solve_leaf(first, last)
+            return
+        middle = first + (last - first + 1) // 2
+        self.solve(first, middle)
+        behind = self.columns[middle:last]
+        behind.addmm_(self.factor[first:middle, middle:last].T, self.errors[first:middle], alpha=-1)
+        if self.shift is not None:
+            behind.addmm_(self.shift[first:middle, middle:last].T, self.columns[first:middle])
+        self.solve(middle, last)
+
+    def _solve_leaf(self, first: int, last: int) -> None:
+        """Column by column; written into the given memory, since here calls are what costs."""
+        columns, codes, errors = (
+            part[first:last].unbind(0) for part in (self.columns, self.codes, self.errors)
+        )
+        diagonal = self.factor.diagonal()[first:last].tolist()
+        for index, grid in enumerate(self.grids[first:last]):
+            column, code, error, at = columns[index], codes[index], errors[index], first + index
+            torch.div(column, grid.scale, out=code)
+            code.round_().add_(grid.zero).clamp_(0.0, self.number_format.max_code)
+            torch.sub(code, grid.zero, out=error)
+            torch.addcmul(column, error, grid.scale, value=-1, out=error).div_(diagonal[index])
+            behind = self.columns[at + 1 : last]
+            behind.addr_(self.factor[at, at + 1 : last], error, alpha=-1)
+            if self.shift is not None:
+                behind.addr_(self.shift[at, at + 1 : last], column)
 
 
 def _sweep_static(solver: _Solver, block: int, grid: Grid, order: Tensor) -> Tensor:

@@ -12,13 +12,13 @@ from infopt.core.hardware.probe import probe
 from infopt.core.quantization.job import BATCH_TOKENS, Job, keep_bytes, resolve_job
 from infopt.core.quantization.mixed import SENSITIVITY_TOKENS
 from infopt.core.quantization.qat import qat_memory
+from infopt.core.quantization.trained import BATCH_TOKENS as TRAINING_TOKENS
 from infopt.core.recipe.quantize import QuantizeSettings
 from infopt.core.reports.schema import Plan
 
 _PROCESS_BYTES = 600 * 2**20
 """Python, torch and transformers themselves."""
 _GEMM = 1024
-QAT_MICRO_TOKENS = 2048
 # Measured on two cores with a model of 135M parameters, 16 to 128 windows of 512 tokens. Linear
 # layers are computed once where their outputs can be kept; attention, norms and all else of a
 # block, repeated for its stages, took half as long again as these.
@@ -108,7 +108,7 @@ def memory_of(job: Job) -> int:
     if job.settings.how == "qat":
         vocabulary = int(job.artifact.config.get("vocab_size", 0))
         return _PROCESS_BYTES + qat_memory(
-            whole, dtype_bytes=width, micro_tokens=QAT_MICRO_TOKENS, vocabulary=vocabulary
+            whole, dtype_bytes=width, micro_tokens=TRAINING_TOKENS, vocabulary=vocabulary
         )
     held = whole * width if job.settings.scheme == "mixed" else 0
     if not job.calibrates:

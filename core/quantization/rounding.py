@@ -7,7 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from infopt.core.compression.statistics import InputStatistics, relative_error
+from infopt.core.compression.statistics import (
+    InputStatistics,
+    error_share,
+    relative_error,
+    row_powers,
+)
 from infopt.core.errors import NumericsError
 from infopt.core.formats.fp8 import Fp8Format, to_fp8
 from infopt.core.formats.nf4 import Nf4Format, quantize_nf4
@@ -77,16 +82,20 @@ def report_rounded(
     seconds: float = 0.0,
 ) -> RoundedLayer:
     """What is reported of a layer that was rounded elsewhere."""
+    hessian = _hessian(statistics)
     grid = group_grids(layer.weight, weight.format, mse=settings.grid == "mse")
-    nearest = quantize_nearest(layer.weight, weight.format, grid)
-    row = _row(layer, _Found(weight, nearest), statistics)
+    nearest = quantize_nearest(layer.weight, weight.format, grid).dequantize()
+    error = relative_error(layer.weight, weight.dequantize(), hessian)
+    found = _Found(weight, error, relative_error(layer.weight, nearest, hessian))
+    row = _row(layer, found, statistics)
     return RoundedLayer(weight, row.model_copy(update={"seconds": seconds}))
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
     weight: StoredWeight
-    nearest: StoredWeight
+    error: float
+    rtn_error: float
     damp: float = 0.0
     fallback: str | None = None
 
@@ -115,10 +124,19 @@ def _round(
         case Fp8Format() as form:
             # A scale of the whole tensor is each layer's own.
             fp8 = [to_fp8(layer.weight, form) for layer in batch]
-            return [_Found(weight, weight) for weight in fp8]
+            return [_nearest(*pair, statistics) for pair in zip(batch, fp8, strict=True)]
         case Nf4Format() as form:
             nf4 = [quantize_nf4(layer.weight, form) for layer in batch]
-            return [_Found(weight, weight) for weight in nf4]
+            return [_nearest(*pair, statistics) for pair in zip(batch, nf4, strict=True)]
+
+
+def _nearest(layer: Layer, weight: StoredWeight, statistics: InputStatistics | None) -> _Found:
+    error = relative_error(layer.weight, weight.dequantize(), _hessian(statistics))
+    return _Found(weight, error, error)
+
+
+def _hessian(statistics: InputStatistics | None) -> Tensor | None:
+    return statistics.hessian if statistics is not None and statistics.rows else None
 
 
 def _round_integers(
@@ -137,9 +155,18 @@ def _round_integers(
     result = GptqResult(rounded, 0.0, None)
     if settings.how == "gptq" and statistics is not None:
         result = _gptq(tall, form, grid, statistics, settings)
+    hessian = _hessian(statistics)
+    power = row_powers(tall, hessian)
+    lost = row_powers(tall - nearest.dequantize(), hessian)
+    own = lost
+    if result.weight is not nearest:
+        own = row_powers(tall - result.weight.dequantize(), hessian)
     sizes = [len(layer.weight) for layer in batch]
-    parts = zip(_rows(result.weight, sizes), _rows(nearest, sizes), strict=True)
-    return [_Found(own, other, result.damp, result.fallback) for own, other in parts]
+    shares = zip(*(torch.split(part, sizes) for part in (own, lost, power)), strict=True)
+    return [
+        _Found(weight, error_share(e, p), error_share(n, p), result.damp, result.fallback)
+        for weight, (e, n, p) in zip(_rows(result.weight, sizes), shares, strict=True)
+    ]
 
 
 def _gptq(
@@ -166,18 +193,11 @@ def _gptq(
 
 
 def _row(layer: Layer, found: _Found, statistics: InputStatistics | None) -> LayerError:
-    hessian = statistics.hessian if statistics is not None and statistics.rows else None
-    error = relative_error(layer.weight, found.weight.dequantize(), hessian)
-    rtn_error = layer.rtn_error
-    if rtn_error is None:
-        same = found.nearest is found.weight
-        nearest = found.nearest.dequantize()
-        rtn_error = error if same else relative_error(layer.weight, nearest, hessian)
     form = layer.scheme.weight
     return LayerError(
         name=layer.name,
-        error=error,
-        rtn_error=rtn_error,
+        error=found.error,
+        rtn_error=found.rtn_error if layer.rtn_error is None else layer.rtn_error,
         bits=form.bits,
         group_size=form.group_size if isinstance(form, IntegerFormat) else None,
         damp=found.damp,

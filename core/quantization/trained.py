@@ -19,6 +19,9 @@ from infopt.core.quantization.rounding import Layer, report_rounded
 from infopt.core.quantization.walked import make_walked
 from infopt.core.reports.quantize import LayerError
 
+BATCH_TOKENS = 1024
+"""Of one update of the training."""
+
 
 def make_trained(
     job: Job, tokens: Tensor, checkpoint: Checkpoint, progress: ProgressCallback

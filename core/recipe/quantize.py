@@ -71,10 +71,10 @@ class QuantizeSettings(Settings):
     """Scales of inputs per token, calibrated, or per 128 with weights in 128 x 128 (fp8 only)."""
     iterations: int = Field(default=200, ge=1)
     """Steps of SignSGD for each block (autoround only)."""
-    steps: int = Field(default=100, ge=1)
-    """Optimizer steps (qat only)."""
-    learning_rate: float = Field(default=1e-4, gt=0)
-    """Peak learning rate (qat only)."""
+    steps: int = Field(default=200, ge=1)
+    """Optimizer steps of 1,024 tokens (qat only)."""
+    learning_rate: float = Field(default=5e-3, gt=0)
+    """At its peak: how far a weight moves at most, in steps of its grid (qat only)."""
     target_bits: float | None = Field(default=None, ge=2, le=8)
     """Give layers different bits, this many on average (scales not counted)."""
     max_ppl_increase: Share | None = None

@@ -206,7 +206,28 @@ def test_a_module_whose_every_target_is_settled_runs_once_a_batch(
     walk.observe([f"{block}.self_attn.o_proj"], lambda *_: None)
     walk.settle([f"{block}.self_attn.o_proj"])
     walk.observe([f"{block}.mlp.up_proj"], lambda *_: None)
-    assert len(entered) == 6, "attention again, to see what o_proj makes of it"
+    assert len(entered) == 3, "o_proj's input was held: nothing before it runs again"
     walk.observe([f"{block}.mlp.down_proj"], lambda *_: None)
     walk.advance()
-    assert len(entered) == 7, "for the probe, which nothing has computed before"
+    assert len(entered) == 4, "for the probe, which nothing has computed before"
+
+
+def test_a_tail_held_before_its_module_was_settled_is_not_used(
+    make_model: Callable[[str], Artifact],
+) -> None:
+    """o_proj's input, seen while q_proj had other weights, is no input of the settled module."""
+    artifact = make_model("llama")
+    plain, settled = make_walk(artifact), make_walk(artifact, keep_bytes=10**9)
+    for walk in (plain, settled):
+        walk.load()
+        block = walk.names[0]
+        walk.input_groups(find_targets(walk.model, ("lm_head",))[0].targets)
+        names = [f"{block}.self_attn.{leaf}_proj" for leaf in "qkvo"]
+        for _ in walk.inputs(names):
+            pass
+        walk.layer(names[0]).weight.mul_(0.5)
+        if walk is settled:
+            walk.settle(names)
+        walk.advance()
+    for one, other in zip(plain.hidden, settled.hidden, strict=True):
+        assert torch.equal(one, other)

@@ -117,7 +117,9 @@ def test_every_layer_is_quantized_and_read_back(
 ) -> None:
     source = make_model(family)
     report = quantize(source, tmp_path / "out", settings(calibration_file, method=method))
-    assert report.logits_max_difference == 0.0 and report.warnings == ()
+    experts = any(".experts." in row.name for row in report.layers)
+    assert report.logits_max_difference == 0.0
+    assert [w[:17] for w in report.warnings] == (["plain transformers"[:17]] if experts else [])
     assert report.bits == 4 and len(report.layers) == 2 * CONFIGS[family][1]
     assert all(0 < row.error < 0.1 and row.fallback is None for row in report.layers)
     if method == "gptq":
@@ -243,7 +245,7 @@ def test_a_starved_expert_is_rounded_with_a_warning(
     fed = [r for r in report.layers if ".experts." in r.name and r not in starved]
     assert all(0 < row.tokens < 8 * 32 for row in fed), "its own tokens, no more"
     nearest = quantize(source, tmp_path / "rtn", settings(calibration_file, method="rtn"))
-    assert nearest.warnings == ()
+    assert not any("tokens" in warning for warning in nearest.warnings)
     one, other = (
         codes(tmp_path / name, "model.layers.0.mlp.experts.3.up_proj") for name in ("routed", "rtn")
     )
@@ -255,7 +257,8 @@ def test_all_tokens_feed_every_expert(
 ) -> None:
     source = make_model("gpt_oss", starve)
     report = quantize(source, tmp_path / "out", settings(calibration_file))
-    assert report.warnings == () and all(row.tokens == 8 * 32 for row in report.layers)
+    assert not any("tokens reached" in warning for warning in report.warnings)
+    assert all(row.tokens == 8 * 32 for row in report.layers)
     quantize(source, tmp_path / "rtn", settings(calibration_file, method="rtn"))
     one, other = (
         codes(tmp_path / name, "model.layers.0.mlp.experts.3.up_proj") for name in ("out", "rtn")
