@@ -41,6 +41,8 @@ def test_recipe_runs_small(path: Path, tiny_model: Path, tmp_path: Path) -> None
         ((verb, settings),) = step.items()
         if settings.get("baseline"):
             settings["baseline"] = str(tiny_model)
+        short = {"qat": {"steps": 2}, "autoround": {"iterations": 2}}
+        settings.update(short.get(settings.get("method", ""), {}))
         settings.update(
             {
                 k: v
