@@ -72,12 +72,15 @@ class Checkpoint:
         (self.folder / _STAGES).touch()
         return self.folder / f"stage-{name}"
 
-    def restart(self) -> None:
-        """Forget the finished blocks, but not the stages."""
+    def restart(self, *stages: str) -> None:
+        """Forget the finished blocks, and the stages named."""
         (self.folder / _CURRENT).unlink(missing_ok=True)
         for path in self.folder.iterdir():
             if path.name.startswith(("block-", "hidden-")):
                 path.unlink()
+        for name in stages:
+            for path in self.folder.glob(f"*stage-{name}*"):
+                shutil.rmtree(path)
         self.finished, self._digests, self._files, self.rows = 0, {}, {}, []
 
     def tensor(self, name: str) -> Tensor:

@@ -166,7 +166,7 @@ def _within_bound(
             shutil.rmtree(kept, ignore_errors=True)
             made.staged.path.rename(kept)
         # In this order: a kill before the last line repeats the round, and mixes no two.
-        checkpoint.restart()
+        checkpoint.restart("gptq", "training")
         search = _next(search, best, rise, share)
         write_atomically(place, search.model_dump_json())
     if search.best is None:

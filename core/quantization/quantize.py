@@ -13,7 +13,7 @@ from torch import Tensor
 from infopt.core.artifact.quantized import stored_names
 from infopt.core.artifact.read import Artifact
 from infopt.core.compression.calibration import calibration_tokens, token_hash
-from infopt.core.errors import NumericsError
+from infopt.core.errors import GateError, NumericsError
 from infopt.core.files import check_output
 from infopt.core.formats.number import IntegerFormat
 from infopt.core.models.experts import experts_around
@@ -82,7 +82,7 @@ def quantize(
         try:
             _check_weights(job, progress)
             made = _make(job, tokens, checkpoint, progress)
-        except NumericsError:
+        except (NumericsError, GateError):
             # It would come again: there is nothing to continue.
             checkpoint.discard()
             raise

@@ -132,6 +132,8 @@ def unread_option(
         if option in _BY_ROUNDING and rounding not in _BY_ROUNDING[option]:
             readers = ", ".join(sorted(_BY_ROUNDING[option]))
             return f"{option} is read where weights are rounded by {readers}, not by {rounding}"
+    if "gptaq" in changed and method in ("awq", "smoothquant"):
+        return f"gptaq compares inputs with the original model's, and {method} scales them"
     if "clip" in changed and rounding != "rtn":
         return f"clip is read where weights are rounded by rtn, not by {rounding}"
     if "mixed_bits" in changed and scheme != "mixed":

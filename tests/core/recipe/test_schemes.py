@@ -125,7 +125,7 @@ def test_an_option_that_a_method_does_not_read_is_named(method: Method, option: 
 
 @pytest.mark.parametrize(
     ("option", "readers"),
-    [("gptaq", {"gptq"}), ("act_order", {"gptq"}), ("iterations", {"autoround"})],
+    [("damp_percent", {"gptq"}), ("act_order", {"gptq"}), ("iterations", {"autoround"})],
 )
 @pytest.mark.parametrize("method", sorted(CHOOSING))
 def test_what_is_read_follows_the_rounding_that_was_chosen(
@@ -162,6 +162,12 @@ def test_what_a_scheme_leaves_no_use_for_is_named(
 def test_clip_is_read_where_weights_are_rounded_to_nearest() -> None:
     assert unread_option("awq", "rtn", "W4A16", {"clip": False}) is None
     assert "not by gptq" in str(unread_option("awq", "gptq", "W4A16", {"clip": False}))
+
+
+@pytest.mark.parametrize("method", ["awq", "smoothquant"])
+def test_inputs_that_are_scaled_are_not_the_original_models(method: Method) -> None:
+    assert "original model" in str(unread_option(method, "gptq", "W4A8-int8", {"gptaq": 0.25}))
+    assert unread_option("rotate", "gptq", "W4A8-int8", {"gptaq": 0.25}) is None
 
 
 @pytest.mark.parametrize("scheme", ["W4A4-int4", "W4A8-int8", "W8A8-int8"])
