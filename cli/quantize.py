@@ -62,7 +62,7 @@ def quantize(
             "--mixed-bits",
             metavar="LIST",
             help="The widths that mixed layers may have.",
-            show_default="2,3,4,8",
+            show_default="3,4,8",
         ),
     ] = None,
     analyze: Annotated[
@@ -275,8 +275,11 @@ def quantize(
     if not analyze:
         run_verb("quantize", model, given, common, perform, plan, resume=resume)
         return
+    if resume:
+        raise UsageError("--analyze has nothing to resume: it writes no model", "leave out one")
     if target_bits is None and max_ppl_increase is None and recipe is None:
-        given["target_bits"] = 4.0
+        # The report tells what the widest widths would give: nothing is left out of the scheme.
+        given["target_bits"] = float(max(given["mixed_bits"] or (8,)))
     run_verb("analyze", model, given, common, perform_analysis, plan_analysis)
 
 

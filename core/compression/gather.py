@@ -55,8 +55,6 @@ def gather(
 def _fold(part: _Running, inputs: Tensor, quota: int, original: Tensor | None) -> None:
     rows = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
     if not len(rows):
-        return
-    if not len(rows):
         return  # an expert that no token of this batch was routed to
     before = part.rows
     part.rows = accumulate_hessian(part.hessian, rows, before)

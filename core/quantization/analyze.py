@@ -4,6 +4,7 @@ import time
 
 from infopt.core.artifact.read import Artifact
 from infopt.core.compression.calibration import calibration_tokens
+from infopt.core.errors import UsageError
 from infopt.core.progress import ProgressCallback, silent
 from infopt.core.quantization.job import resolve_job
 from infopt.core.quantization.mixed import (
@@ -24,6 +25,7 @@ def analyze(
 
     Raises as the quantization itself would for settings, model and memory.
     """
+    _check(settings)
     started = time.monotonic()
     job = resolve_job(artifact, settings)
     tokens = calibration_tokens(artifact, settings.calibration, settings.seed)
@@ -44,8 +46,17 @@ def analyze(
     )
 
 
+def _check(settings: QuantizeSettings) -> None:
+    if settings.scheme != "mixed":
+        raise UsageError(
+            f"there is nothing to allocate in scheme {settings.scheme}",
+            "analyze with --target-bits or --max-ppl-increase, or a recipe that has one",
+        )
+
+
 def plan_analyze(artifact: Artifact, settings: QuantizeSettings) -> Plan:
     """What would be measured, and the memory."""
+    _check(settings)
     job = resolve_job(artifact, settings)
     widths = ", ".join(map(str, settings.mixed_bits))
     return Plan(

@@ -159,6 +159,9 @@ def _autoround(
         iterations=settings.iterations,
         mse=settings.grid == "mse",
         seed=settings.seed,
+        activations={
+            name: form for name in originals if (form := job.schemes[name].activation) is not None
+        },
     ).weights
     return [
         report_rounded(

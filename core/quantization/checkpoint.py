@@ -80,7 +80,9 @@ class Checkpoint:
                 path.unlink()
         for name in stages:
             for path in self.folder.glob(f"*stage-{name}*"):
-                shutil.rmtree(path)
+                # Aside first: what is half removed must not be taken for the whole stage.
+                gone = path.rename(self.folder / f"gone-{path.name.lstrip('.')}")
+                shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
         self.finished, self._digests, self._files, self.rows = 0, {}, {}, []
 
     def tensor(self, name: str) -> Tensor:

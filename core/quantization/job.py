@@ -199,6 +199,11 @@ def _check_layout(
         first, reason = wrong[0]
         others = f" (and {len(wrong) - 1} more layers)" if len(wrong) > 1 else ""
         leaves = {target.name.rpartition(".")[2] for target, _ in wrong}
+        if len(wrong) == len(targets):
+            raise UnsupportedError(
+                f"the {settings.format} format cannot hold {first.name}{others}: {reason}",
+                "choose another --format, or leave it to the method and the scheme",
+            )
         pattern = first.name if len(leaves) > 1 or len(wrong) == 1 else f"*.{leaves.pop()}"
         raise UnsupportedError(
             f"the {settings.format} format cannot hold {first.name}{others}: {reason}",

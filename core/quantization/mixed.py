@@ -207,7 +207,8 @@ def _better(
 def _next(search: _Search, best: _Best | None, rise: float, share: float) -> _Search:
     """The next bound, by how the last prediction was off."""
     allowed = math.log1p(share)
-    factor = 0.9 * allowed / max(rise, 0.1 * allowed)
+    # Nothing lost, or nothing allowed: there is no measure of how far the prediction was off.
+    factor = 0.9 * allowed / max(rise, 0.1 * allowed) if rise > 0 and allowed > 0 else 4.0
     return _Search(
         bound=search.bound * min(4.0, factor),
         round=search.round + 1,

@@ -141,9 +141,14 @@ def _disk(job: Job) -> int:
         if name not in job.stored
     )
     hidden = _tokens(job) * _hidden_size(job) * job.dtype.itemsize * (2 if job.refers else 1)
-    rotated = job.artifact.weight_bytes if job.settings.method == "rotate" else 0
+    stages = job.artifact.weight_bytes if job.settings.method == "rotate" else 0
+    if job.settings.how == "qat":
+        # Weights and Adam's moments in float32, twice while one replaces the other; GPTQ's codes.
+        stages += 2 * 12 * sum(t.outputs * t.inputs for t in job.targets) + int(quantized)
+    if job.settings.max_ppl_increase is not None:
+        stages += int(quantized + dense)
     # The writer spools a shard before it copies it into place.
-    return int(2 * (quantized + dense) + quantized + 2 * hidden + 2 * rotated)
+    return int(2 * (quantized + dense) + quantized + 2 * hidden + 2 * stages)
 
 
 def _hidden_size(job: Job) -> int:

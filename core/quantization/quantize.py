@@ -22,7 +22,7 @@ from infopt.core.progress import Progress, ProgressCallback, silent
 from infopt.core.quantization.checkpoint import Checkpoint, open_checkpoint
 from infopt.core.quantization.job import Job, resolve_job
 from infopt.core.quantization.made import Made
-from infopt.core.quantization.mixed import make_mixed
+from infopt.core.quantization.mixed import make_mixed, sensitivity_tokens
 from infopt.core.quantization.output import publish
 from infopt.core.quantization.plan import check_disk, check_memory
 from infopt.core.quantization.rotate import check_rotatable
@@ -86,12 +86,13 @@ def quantize(
             # It would come again: there is nothing to continue.
             checkpoint.discard()
             raise
+        told = (*made.warnings, *_told(made.job), *_warnings(made.rows))
         written = publish(made.staged, output, replace=replace)
         checkpoint.discard()
     return QuantizeReport(
         model=artifact.summary(),
         provenance=_PROVENANCE,
-        warnings=(*made.warnings, *_told(made.job), *_warnings(made.rows)),
+        warnings=told,
         output=str(output),
         method=settings.method,
         scheme=str(settings.scheme),
@@ -103,7 +104,7 @@ def quantize(
         bits_per_weight=_bits_per_weight(written, made.job),
         bytes=written.weight_bytes,
         original_bytes=artifact.weight_bytes,
-        calibration_tokens=tokens.numel() if job.calibrates else 0,
+        calibration_tokens=_tokens_seen(job, tokens),
         resumed_blocks=resumed,
         seconds=time.monotonic() - started,
         peak_memory_bytes=_peak_memory(job.device),
@@ -154,6 +155,12 @@ def _bits_per_weight(staged: Artifact, job: Job) -> float:
 def _group_size(job: Job) -> int | None:
     forms = [scheme.weight for scheme in job.schemes.values()]
     return next((f.group_size for f in forms if isinstance(f, IntegerFormat)), None)
+
+
+def _tokens_seen(job: Job, tokens: Tensor) -> int:
+    if job.calibrates or job.settings.how == "qat":
+        return tokens.numel()
+    return sensitivity_tokens(tokens).numel() if job.settings.scheme == "mixed" else 0
 
 
 def _told(job: Job) -> tuple[str, ...]:

@@ -8,8 +8,6 @@ from infopt.core.quantization.made import Made
 from infopt.core.quantization.output import recipe_text
 from infopt.core.quantization.rotate import rotate
 
-_TIE = "tie_word_embeddings"
-
 
 def make_rotated(job: Job, checkpoint: Checkpoint, progress: ProgressCallback) -> Made:
     """The rotated model itself, dense: it computes what the original does."""

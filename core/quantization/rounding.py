@@ -66,7 +66,7 @@ def round_layers(
         except NumericsError as error:
             names = ", ".join(layer.name for layer in batch)
             raise NumericsError(f"{names}: {error.message}", error.hint) from error
-        rows = [_row(*entry, statistics) for entry in zip(batch, found, strict=True)]
+        rows = [_row(*entry, statistics, settings) for entry in zip(batch, found, strict=True)]
         whole = sum(layer.weight.numel() for layer in batch)
         seconds = time.perf_counter() - started
         for layer, result, row in zip(batch, found, rows, strict=True):
@@ -87,7 +87,7 @@ def report_rounded(
     nearest = quantize_nearest(layer.weight, weight.format, grid).dequantize()
     error = relative_error(layer.weight, weight.dequantize(), hessian)
     found = _Found(weight, error, relative_error(layer.weight, nearest, hessian))
-    row = _row(layer, found, statistics)
+    row = _row(layer, found, statistics, settings)
     return RoundedLayer(weight, row.model_copy(update={"seconds": seconds}))
 
 
@@ -176,10 +176,8 @@ def _gptq(
     statistics: InputStatistics,
     settings: QuantizeSettings,
 ) -> GptqResult:
-    tokens = settings.calibration.samples * settings.calibration.sequence_length
-    if statistics.rows < min(STARVED, tokens):
-        fallback = f"rtn: only {statistics.rows} tokens reached this layer"
-        return GptqResult(quantize_nearest(weight, form, grid), 0.0, fallback)
+    if starved := _starved(statistics, settings):
+        return GptqResult(quantize_nearest(weight, form, grid), 0.0, f"rtn: {starved}")
     return gptq(
         weight,
         statistics.hessian,
@@ -192,7 +190,12 @@ def _gptq(
     )
 
 
-def _row(layer: Layer, found: _Found, statistics: InputStatistics | None) -> LayerError:
+def _row(
+    layer: Layer,
+    found: _Found,
+    statistics: InputStatistics | None,
+    settings: QuantizeSettings,
+) -> LayerError:
     form = layer.scheme.weight
     return LayerError(
         name=layer.name,
@@ -201,10 +204,18 @@ def _row(layer: Layer, found: _Found, statistics: InputStatistics | None) -> Lay
         bits=form.bits,
         group_size=form.group_size if isinstance(form, IntegerFormat) else None,
         damp=found.damp,
-        fallback=found.fallback,
+        fallback=found.fallback or _starved(statistics, settings),
         scheme=layer.scheme.describe(),
         tokens=statistics.rows if statistics is not None else 0,
     )
+
+
+def _starved(statistics: InputStatistics | None, settings: QuantizeSettings) -> str | None:
+    """That a layer, an expert mostly, saw too few tokens to be calibrated on."""
+    tokens = settings.calibration.samples * settings.calibration.sequence_length
+    if statistics is None or statistics.rows >= min(STARVED, tokens):
+        return None
+    return f"only {statistics.rows} tokens reached this layer"
 
 
 def _rows(weight: QuantizedWeight, sizes: Sequence[int]) -> list[QuantizedWeight]:

@@ -82,7 +82,9 @@ def check_order(steps: Sequence[OrderedStep], where: str) -> None:
                         f"same model: {reason}",
                         _hint(number, earlier_number, later),
                     )
-        if adds:
+        if step.verb == "convert" and getattr(step.settings, "format", None) == "dense":
+            done = tuple(entry for entry in done if entry[1] != "quantize")
+        if adds or step.verb == "convert":
             newest = (*done, *((number, kind) for kind in adds))
             ways[step.output or f"{number:02d}-{step.verb}"] = newest
 

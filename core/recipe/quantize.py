@@ -116,6 +116,11 @@ class QuantizeSettings(Settings):
         mixed = any(bound is not None for bound in bounds)
         scheme = self.scheme or default_scheme(self.method, self.bits, mixed=mixed)
         check_scheme(self.method, scheme, self.bits)
+        least, most = min(self.mixed_bits), max(self.mixed_bits)
+        if self.target_bits is not None and not least <= self.target_bits <= most:
+            raise ValueError(
+                f"target_bits {self.target_bits:g} is beyond mixed_bits, {least} to {most}"
+            )
         if mixed != (scheme == "mixed"):
             raise ValueError(
                 "scheme mixed and a target go together: target_bits or max_ppl_increase"

@@ -134,6 +134,8 @@ def unread_option(
             return f"{option} is read where weights are rounded by {readers}, not by {rounding}"
     if "gptaq" in changed and method in ("awq", "smoothquant"):
         return f"gptaq compares inputs with the original model's, and {method} scales them"
+    if "kv_cache" in changed and method == "qat":
+        return "kv_cache is not read by method qat; add its scales to a model that was not trained"
     if "clip" in changed and rounding != "rtn":
         return f"clip is read where weights are rounded by rtn, not by {rounding}"
     if "mixed_bits" in changed and scheme != "mixed":
