@@ -1,5 +1,6 @@
 """Quantize one block: scale it, round its layers stage by stage, round the inputs they will see."""
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -141,6 +142,7 @@ def _autoround(
 ) -> list[RoundedLayer]:
     assert reference is not None
     settings = job.settings
+    started = time.perf_counter()
     statistics = gather(walk, groups)
     originals = {
         name: walk.layer(name).weight.to(torch.float32, copy=True)
@@ -163,12 +165,15 @@ def _autoround(
             name: form for name in originals if (form := job.schemes[name].activation) is not None
         },
     ).weights
+    seconds = time.perf_counter() - started
+    whole = sum(weight.numel() for weight in originals.values())
     return [
         report_rounded(
             Layer(name, originals[name], job.schemes[name]),
             found[name],
             statistics[group],
             settings,
+            seconds * originals[name].numel() / whole,
         )
         for group in groups
         for name in group

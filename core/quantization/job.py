@@ -72,6 +72,8 @@ class Job:
         """Whether the statistics of layers' inputs are gathered."""
         settings = self.settings
         static = settings.method == "fp8" and settings.fp8 == "static"
+        if settings.method == "rotate" and settings.scheme == "W16A16":
+            return False
         return self.scales or static or settings.how in ("gptq", "autoround")
 
     @property

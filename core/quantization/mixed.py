@@ -33,6 +33,8 @@ SENSITIVITY_TOKENS = 1024
 _ROUNDS = 4
 _CLOSE = 0.8
 """Using this share of what is allowed is near enough to stop the search."""
+_STEPS = 64
+"""In which the bound moves to another allocation: a factor of a million."""
 _SAVE_EVERY = 16
 
 
@@ -133,6 +135,8 @@ class _Search(Settings):
     best: _Best | None = None
     tried: tuple[float, ...] = ()
     """The increase of perplexity that each round measured."""
+    allocations: tuple[dict[str, int], ...] = ()
+    """And what it gave each unit."""
 
 
 def _within_bound(
@@ -157,7 +161,9 @@ def _within_bound(
     progress(Progress("measuring the original"))
     base = mean_nll(job.artifact, stream, job.dtype, job.device)
     while search.round <= _ROUNDS and not _near(search, share):
-        bits = _bits_within(rows, search.bound)
+        bits = _untried(rows, search, share)
+        if bits is None:
+            break
         made = make(_with_bits(job, rows, bits), tokens, checkpoint, progress)
         progress(Progress("measuring perplexity", note=f"round {search.round}"))
         rise = mean_nll(made.staged, stream, job.dtype, job.device) - base
@@ -167,7 +173,7 @@ def _within_bound(
             made.staged.path.rename(kept)
         # In this order: a kill before the last line repeats the round, and mixes no two.
         checkpoint.restart("gptq", "training")
-        search = _next(search, best, rise, share)
+        search = _next(search, best, bits, rise, share)
         write_atomically(place, search.model_dump_json())
     if search.best is None:
         raise GateError(
@@ -204,7 +210,23 @@ def _better(
     return _Best(allocation=measured, rows=made.rows, difference=made.difference)
 
 
-def _next(search: _Search, best: _Best | None, rise: float, share: float) -> _Search:
+def _untried(
+    rows: tuple[SensitivityRow, ...], search: _Search, share: float
+) -> dict[str, int] | None:
+    """The first allocation from the bound on that no round had; None where there is no other."""
+    bound = search.bound
+    step = 0.8 if search.tried and search.tried[-1] > share else 1.25
+    for _ in range(_STEPS):
+        bits = _bits_within(rows, bound)
+        if bits not in search.allocations:
+            return bits
+        bound *= step
+    return None
+
+
+def _next(
+    search: _Search, best: _Best | None, bits: dict[str, int], rise: float, share: float
+) -> _Search:
     """The next bound, by how the last prediction was off."""
     allowed = math.log1p(share)
     # Nothing lost, or nothing allowed: there is no measure of how far the prediction was off.
@@ -214,4 +236,5 @@ def _next(search: _Search, best: _Best | None, rise: float, share: float) -> _Se
         round=search.round + 1,
         best=best,
         tried=(*search.tried, math.expm1(rise)),
+        allocations=(*search.allocations, bits),
     )

@@ -23,9 +23,10 @@ _SMALLEST = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class SmoothSearch:
-    """The best scales [K] and their alpha, None for no smoothing; errors are shares of ||W X||^2.
+    """The best scales [K] and their alpha, None for no smoothing.
 
-    `identity_error` is that of no smoothing.
+    Errors are shares of ||W x||^2, averaged over the inputs x; `identity_error` is that of no
+    smoothing.
     """
 
     alpha: float | None
@@ -63,7 +64,8 @@ def search_alpha(
     tall = torch.cat([weight.float() for weight in weights])
     inputs = sample.float()
     expected = inputs @ tall.T
-    power = float(expected.square().sum())
+    # Row by row, as inputs are rounded: else a few tokens of massive activations decide alone.
+    power = expected.square().sum(dim=1)
 
     def measure(scales: Tensor) -> float:
         try:
@@ -72,8 +74,9 @@ def search_alpha(
             return inf  # too large for a float16 scale
         static = None if activation_format.dynamic else _static(abs_max, scales, activation_format)
         found = round_inputs(inputs / scales, activation_format, static) @ rounded.T
-        error = float((found - expected).square_().sum())
-        return error / (power or 1.0) if isfinite(error) else inf
+        lost = (found - expected).square_().sum(dim=1) / torch.where(power > 0, power, 1.0)
+        error = float(lost.mean())
+        return error if isfinite(error) else inf
 
     scales = torch.ones_like(abs_max, dtype=torch.float32)
     identity = measure(scales)

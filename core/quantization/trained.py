@@ -1,5 +1,7 @@
 """QAT: GPTQ's codes first, then training on them."""
 
+import time
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,7 @@ def make_trained(
         for name, scheme in job.schemes.items()
         if isinstance(form := scheme.weight, IntegerFormat)
     }
+    started = time.perf_counter()
     trained = train(
         job.artifact,
         forms,
@@ -52,7 +55,7 @@ def make_trained(
         progress=progress,
     )
     checkpoint.restart()
-    _commit(job, trained, checkpoint)
+    _commit(job, trained, checkpoint, time.perf_counter() - started)
     progress(Progress("writing"))
     staged = stage_artifact(job, checkpoint)
     progress(Progress("comparing with what was written"))
@@ -92,8 +95,12 @@ def _initial(
     return found
 
 
-def _commit(job: Job, trained: QatResult, checkpoint: Checkpoint) -> None:
-    """Make the trained blocks durable; what lies outside of them goes with the last."""
+def _commit(job: Job, trained: QatResult, checkpoint: Checkpoint, seconds: float) -> None:
+    """Make the trained blocks durable; what lies outside of them goes with the last.
+
+    `seconds` were spent on all layers together.
+    """
+    whole = sum(target.outputs * target.inputs for target in job.targets)
     model = skeleton(job.artifact)
     stored = {target: name for name, target in job.stored.items()}
     assert job.settings.format is not None
@@ -109,7 +116,8 @@ def _commit(job: Job, trained: QatResult, checkpoint: Checkpoint) -> None:
             original = job.artifact.tensor(name).to(job.device, torch.float32)
             original = original if original.shape == weight.codes.shape else original.T
             layer = Layer(target.name, original, job.schemes[target.name])
-            rows.append(report_rounded(layer, weight, None, job.settings).row)
+            share = seconds * original.numel() / whole
+            rows.append(report_rounded(layer, weight, None, job.settings, share).row)
         for name, value in trained.others.items():
             inside = any(name.startswith(f"{b.name}.") for b in job.blocks)
             if name.startswith(f"{block.name}.") or (last and not inside):

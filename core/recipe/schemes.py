@@ -95,6 +95,8 @@ _BY_ROUNDING: dict[str, frozenset[str]] = {
     "group_size": frozenset({"rtn", "gptq", "autoround", "qat"}),
     "grid": frozenset({"rtn", "gptq", "autoround", "qat"}),
 }
+_ROUNDS = frozenset({"rounding", "kv_cache", "format", *_BY_ROUNDING})
+"""What only has a meaning where weights are rounded and stored."""
 
 
 def default_scheme(method: Method, bits: int | None, *, mixed: bool) -> Scheme:
@@ -138,15 +140,28 @@ def unread_option(
         return "kv_cache is not read by method qat; add its scales to a model that was not trained"
     if "clip" in changed and rounding != "rtn":
         return f"clip is read where weights are rounded by rtn, not by {rounding}"
+    if "grid" in changed and method == "awq" and rounding == "rtn" and "clip" not in changed:
+        return "grid is not read where awq searches the ranges: it goes with clip false"
+    if "calibrate_all_experts" in changed and not _calibrates(method, rounding, scheme, changed):
+        return f"calibrate_all_experts is not read by {method} in scheme {scheme}: it sees no text"
+    if {"gptaq", "calibrate_all_experts"} <= set(changed):
+        return "gptaq compares inputs token by token: it goes with calibrate_all_experts"
     if "mixed_bits" in changed and scheme != "mixed":
         return "mixed_bits is read by scheme mixed only"
     if scheme in ("W8A8-int8", "W16A16") and (extra := sorted({"group_size"} & set(changed))):
         return f"{extra[0]} is not read by scheme {scheme}"
-    if scheme == "W16A16" and (extra := sorted({"rounding", "kv_cache", "format"} & set(changed))):
+    if scheme == "W16A16" and (extra := sorted(_ROUNDS & set(changed))):
         return f"{extra[0]} is not read by scheme W16A16, which is written dense"
     if scheme in ("W4A4-int4", "W4A8-int8", "W8A8-int8") and changed.get("symmetric") is False:
         return f"scheme {scheme} has symmetric weights: symmetric cannot be false"
     return None
+
+
+def _calibrates(method: Method, rounding: str, scheme: Scheme, changed: dict[str, Any]) -> bool:
+    """Whether the inputs of layers are looked at."""
+    if method in ("awq", "smoothquant") or changed.get("fp8") == "static":
+        return True
+    return rounding in ("gptq", "autoround", "qat") and scheme != "W16A16"
 
 
 def default_format(method: Method, scheme: Scheme, options: dict[str, Any]) -> Format | None:

@@ -40,7 +40,7 @@ ROWS: dict[str, tuple[str, bool]] = {
     "AutoRound W3A16": ("--method autoround --bits 3 --group-size 64", False),
     "AutoRound W2A16": ("--method autoround --bits 2 --group-size 64", False),
     "QAT W3A16": ("--method qat --bits 3 --group-size 64", False),
-    "QAT W2A16": ("--method qat --bits 2 --group-size 64", False),
+    "QAT W2A16, 40 steps": ("--method qat --bits 2 --group-size 64 --steps 40", False),
     "NF4": ("--method nf4", False),
     "NF4, plain scales": ("--method nf4 --no-double-quant", False),
     "mixed 3.5": ("--target-bits 3.5 --group-size 64", False),
@@ -48,6 +48,7 @@ ROWS: dict[str, tuple[str, bool]] = {
     "SmoothQuant W8A8-int8": ("--method smoothquant", True),
     "LLM.int8, threshold 6": ("--method llm-int8", False),
     "LLM.int8, threshold 2": ("--method llm-int8 --threshold 2", False),
+    "LLM.int8, threshold 1": ("--method llm-int8 --threshold 1", False),
     "FP8 dynamic": ("--method fp8", False),
     "FP8 static": ("--method fp8 --fp8 static", False),
     "RTN W4A8-int8": ("--method rtn --scheme W4A8-int8 --group-size 64", False),
@@ -79,7 +80,7 @@ def make_row(name: str, seed: int, folder: Path) -> dict[str, Any]:
     fp8_dynamic = method == "fp8" and "static" not in options
     text = [] if method in _NO_TEXT or fp8_dynamic else COMMON
     if method == "qat":
-        text = ["--samples", "128", "--sequence-length", "512"]  # it has to learn from it
+        text = ["--samples", "64", "--sequence-length", "512"]  # it has to learn from it
     made = infopt("quantize", "default", *options, *text, "--seed", str(seed), "-o", str(folder))
     told = infopt(
         "evaluate", str(folder), "--baseline", "default", "--tokens", "4096", "--dtype", "float32"

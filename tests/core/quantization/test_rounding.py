@@ -206,9 +206,8 @@ def test_nf4(double: bool) -> None:
 
 def test_weights_that_no_scale_reaches_are_named() -> None:
     broken = replace(layers()[1], weight=torch.full((8, COLUMNS), 3e38))
-    with pytest.raises(NumericsError, match="layer0, layer1: ") as caught:
+    with pytest.raises(NumericsError, match=r"layer0, layer1: .*too large"):
         list(round_layers([layers()[0], broken], None, settings(method="rtn")))
-    assert caught.value.hint
 
 
 def test_a_layer_rounded_elsewhere_is_reported_alike() -> None:

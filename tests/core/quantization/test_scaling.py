@@ -69,7 +69,9 @@ def test_the_block_computes_what_it_did(
     before, expected = parameters(walk), walk.run_probe().clone()
     _, result = scaled(walk, job, block)
     found = walk.run_probe()
-    assert float((found - expected).norm() / expected.norm()) < 1e-5
+    # Layers that stay dense are rounded to bfloat16 again.
+    bound = 0.01 if case.get("scheme") == "W16A16" else 1e-5
+    assert float((found - expected).norm() / expected.norm()) < bound
     after = parameters(walk)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     norms = {name for name in moved if "norm" in name}
@@ -78,7 +80,7 @@ def test_the_block_computes_what_it_did(
     if case.get("scheme") == "W16A16":
         assert result.changed >= moved
     else:
-        assert result.changed == moved - weights or result.changed >= norms
+        assert result.changed >= norms
         assert not result.changed & weights, "targets are rounded, and stored by that"
 
 

@@ -41,9 +41,8 @@ def output_error(x: Tensor, weights: list[Tensor], scales: Tensor, static: Tenso
     tall = torch.cat(weights) * scales
     rounded = quantize_nearest(tall, INT8, group_grids(tall, INT8, mse=False)).dequantize()
     true = x @ torch.cat(weights).T
-    return float(
-        (round_inputs(x / scales, form, static) @ rounded.T - true).norm() ** 2 / true.norm() ** 2
-    )
+    lost = round_inputs(x / scales, form, static) @ rounded.T - true
+    return float((lost.norm(dim=1) ** 2 / true.norm(dim=1) ** 2).mean())
 
 
 def test_scales_are_those_of_the_paper() -> None:

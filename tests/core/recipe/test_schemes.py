@@ -104,7 +104,8 @@ READERS: dict[str, set[Method]] = {
     "iterations": {"autoround"},
     "symmetric": set(METHODS) - {"nf4", "fp8"},
     "group_size": set(METHODS) - {"nf4", "fp8", "smoothquant", "llm-int8"},
-    "grid": set(METHODS) - {"nf4", "fp8"},
+    # AWQ's ranges are searched by the error of the outputs, unless clip is off.
+    "grid": set(METHODS) - {"nf4", "fp8", "awq"},
 }
 """Who reads an option by its defaults."""
 
@@ -157,6 +158,11 @@ def test_what_a_scheme_leaves_no_use_for_is_named(
 ) -> None:
     problem = unread_option(method, ROUNDING_OF[method], scheme, {option: True})
     assert problem is not None and problem.startswith(option)
+
+
+def test_awq_reads_the_grid_where_it_does_not_search_ranges() -> None:
+    assert unread_option("awq", "rtn", "W4A16", {"grid": "minmax", "clip": False}) is None
+    assert unread_option("awq", "gptq", "W4A16", {"grid": "minmax"}) is None
 
 
 def test_clip_is_read_where_weights_are_rounded_to_nearest() -> None:
