@@ -79,11 +79,12 @@ def test_awq_loses_less_than_rounding(quality: Measure, bits: int) -> None:
     assert awq.kl < rtn.kl and awq.increase < rtn.increase
 
 
-def test_smoothquant_costs_next_to_nothing(quality: Measure) -> None:
-    """The default model has few outliers: little is there to gain, and nothing may be lost."""
+def test_smoothing_takes_most_of_what_rounded_inputs_cost(quality: Measure) -> None:
+    """Its perplexity is 0.8 to 1.6% off with little text (docs/results): noise of that size in the
+    text's choice allows no bound of 1% here."""
     smooth, plain = quality("smoothquant"), quality("w8a8")
-    assert abs(smooth.increase) <= 0.01
-    assert smooth.kl <= plain.kl
+    assert smooth.kl < plain.kl / 2
+    assert smooth.increase < plain.increase
 
 
 def test_outliers_left_in_16_bits_are_what_8_bits_cost(quality: Measure) -> None:
