@@ -62,6 +62,20 @@ def disk_faults(path: Path, told: frozenset[int] = _FULL | _BROKEN | _REFUSED) -
         raise ResourceError(f"cannot write {path}: {error.strerror}") from error
 
 
+def require_disk(output: Path, needed: float, doing: str) -> None:
+    """Raise ResourceError where the disk that will hold `output` has not `needed` bytes free.
+
+    `doing` names the work, such as 'quantizing tiny'.
+    """
+    folder = next(p for p in output.parents if p.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ResourceError(
+            f"{doing} needs {needed / 2**20:.0f} MiB of disk, {folder} has {free / 2**20:.0f}",
+            "free some space or choose another --output",
+        )
+
+
 def check_output(path: Path, *, replace: bool) -> None:
     """See that a new directory may take the place of `path`; raises UsageError where not.
 

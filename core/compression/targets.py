@@ -97,19 +97,6 @@ def stages(
     return list(found.values())
 
 
-def require_multiple(targets: Sequence[Target], multiple: int, purpose: str) -> None:
-    """Raise UnsupportedError naming the layers of which `multiple` does not divide both sides."""
-    wrong = [t for t in targets if t.outputs % multiple or t.inputs % multiple]
-    if wrong:
-        sides = sorted({(t.outputs, t.inputs) for t in wrong})
-        raise UnsupportedError(
-            f"{purpose} needs both sides of a layer divisible by {multiple}, but {wrong[0].name}"
-            f"{f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''} have "
-            + ", ".join(f"{outputs}x{inputs}" for outputs, inputs in sides[:3]),
-            f"leave them as they are: --ignore '{_pattern(wrong)}'",
-        )
-
-
 def choose_group_size(wanted: GroupSize, targets: Sequence[Target]) -> int | None:
     """Input columns per group; None for the whole row.
 
@@ -181,6 +168,7 @@ def _close(pattern: str, linears: Sequence[str]) -> str:
     return hint if hint.startswith("did") else "the layers end in: " + ", ".join(leaves)
 
 
-def _pattern(targets: Sequence[Target]) -> str:
+def ignore_pattern(targets: Sequence[Target]) -> str:
+    """What --ignore takes to leave out these layers: their shared last name, or the first."""
     leaves = {t.name.rpartition(".")[2] for t in targets}
     return targets[0].name if len(leaves) > 1 or len(targets) == 1 else f"*.{leaves.pop()}"

@@ -41,7 +41,7 @@ class Walk:
     """A model on its way: `hidden` are the inputs of the block `position`, one tensor a batch.
 
     The first batch is the probe: a few tokens that show how a block runs and what the model makes
-    of them in the end; `observe` leaves it out. `names` are the blocks' names.
+    of them in the end; `inputs` leaves it out. `names` are the blocks' names.
     """
 
     def __init__(
@@ -175,12 +175,6 @@ class Walk:
                 with suppress(_Enough):
                     self._forward(index)
             yield found
-
-    def observe(self, names: Sequence[str], sink: Sink) -> None:
-        """Hand the inputs of the layers `names` to `sink`, batch by batch."""
-        for found in self.inputs(names):
-            for name, value in found.items():
-                sink(name, value)
 
     def settle(self, names: Sequence[str]) -> None:
         """Say that layers of the loaded block have their last weights and, as now, last inputs.

@@ -1,8 +1,6 @@
 """The door: re-pack a quantized artifact into another checkpoint format."""
 
 import json
-import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -28,6 +26,7 @@ from infopt.core.conversion.source import (
 )
 from infopt.core.errors import NumericsError, UnsupportedError
 from infopt.core.files import check_output, directory_atomically
+from infopt.core.hardware.probe import peak_memory
 from infopt.core.progress import Progress, ProgressCallback, silent
 from infopt.core.recipe.convert import ConvertSettings
 from infopt.core.recipe.recipe import Recipe, Step, dump_recipe
@@ -101,7 +100,7 @@ def convert(
         bytes=written.weight_bytes,
         original_bytes=artifact.weight_bytes,
         seconds=time.monotonic() - started,
-        peak_memory_bytes=_peak_memory(),
+        peak_memory_bytes=peak_memory(),
     )
 
 
@@ -244,9 +243,3 @@ def _warnings(source: Source, settings: ConvertSettings, largest: float) -> tupl
 
 def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _peak_memory() -> int:
-    """Of the process, bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,11 +1,10 @@
 """What a conversion would do, need and take, before it is done (`--dry-run`)."""
 
-import shutil
 from pathlib import Path
 
 from infopt.core.artifact.read import Artifact
 from infopt.core.conversion.source import Source, dense_dtype, look_through
-from infopt.core.errors import ResourceError
+from infopt.core.files import require_disk
 from infopt.core.recipe.convert import ConvertSettings
 from infopt.core.reports.schema import Plan
 
@@ -51,15 +50,9 @@ def plan_convert(artifact: Artifact, settings: ConvertSettings) -> Plan:
 
 def check_disk(source: Source, settings: ConvertSettings, output: Path) -> None:
     """Raise ResourceError where the disk has no room for the artifact."""
-    folder = next(p for p in output.parents if p.exists())
-    needed = int(_disk(source, settings) * _DISK_RESERVE)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ResourceError(
-            f"converting {source.artifact.name} needs {needed / 2**20:.0f} MiB of disk, "
-            f"{folder} has {free / 2**20:.0f}",
-            "free some space or choose another --output",
-        )
+    require_disk(
+        output, _disk(source, settings) * _DISK_RESERVE, f"converting {source.artifact.name}"
+    )
 
 
 def _disk(source: Source, settings: ConvertSettings) -> int:

@@ -2,8 +2,10 @@
 
 import os
 import platform
+import resource
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +83,12 @@ def probe() -> Machine:
         memory_available_bytes=available,
         gpus=gpus(),
     )
+
+
+def peak_memory() -> int:
+    """The largest resident memory of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def parse_cpuinfo(text: str) -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ from infopt.core.compression.walk import Walk
 from infopt.core.formats.activation import FP8_MAX
 from infopt.core.formats.layout import encode
 from infopt.core.formats.number import IntegerFormat
+from infopt.core.formats.scheme import StoredWeight
 from infopt.core.models.conv1d import is_transposed
 from infopt.core.models.hf import resolve
 from infopt.core.quantization.autoround import autoround_block
@@ -110,7 +111,6 @@ def _take_over(
     tick: Tick,
 ) -> None:
     """Put what was found into the walk's layers and into the result."""
-    assert job.settings.format is not None
     for layer in rounded:
         name = layer.row.name
         module, scheme = walk.layer(name), job.schemes[name]
@@ -119,11 +119,19 @@ def _take_over(
         if scheme.activation is not None:
             walk.round_inputs(name, scheme.activation, scale)
         stored = resolve(walk.model, job.artifact, f"{name}.weight")[0]
-        stem = stored.removesuffix("weight")
-        parts = encode(job.settings.format, layer.weight, scale, activation=scheme.activation)
-        result.tensors.update({f"{stem}{key}": part.cpu() for key, part in parts.items()})
+        result.tensors.update(encoded(job, name, stored, layer.weight, scale))
         result.rows.append(layer.row)
         tick(name)
+
+
+def encoded(
+    job: Job, name: str, stored: str, weight: StoredWeight, input_scale: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The tensors that replace the artifact's `stored`, the weight of the target `name`."""
+    assert job.settings.format is not None
+    stem, activation = stored.removesuffix("weight"), job.schemes[name].activation
+    parts = encode(job.settings.format, weight, input_scale, activation=activation)
+    return {f"{stem}{key}": part.cpu() for key, part in parts.items()}
 
 
 def _input_scales(group: Group, known: dict[Group, InputStatistics], job: Job) -> dict[str, Tensor]:
@@ -181,9 +189,7 @@ def _autoround(
 
 
 def stored_tensor(artifact: Artifact, stored: str, value: Tensor) -> Tensor:
-    """A changed parameter in the shape and dtype in which the artifact stores it."""
-    if value.ndim == 2 and tuple(value.shape) != artifact.shape(stored):
-        value = value.T
+    """A changed parameter in the dtype in which the artifact stores it."""
     dtype = getattr(torch, artifact.dtype(stored))
     return value.detach().to(device="cpu", dtype=dtype).contiguous()
 

@@ -16,6 +16,7 @@ from infopt.core.compression.targets import (
     choose_group_size,
     find_routers,
     find_targets,
+    ignore_pattern,
 )
 from infopt.core.errors import UnsupportedError
 from infopt.core.formats.activation import ActivationFormat
@@ -27,6 +28,7 @@ from infopt.core.formats.scheme import LayerScheme
 from infopt.core.hardware.choose import choose_device, choose_dtype
 from infopt.core.hardware.probe import probe
 from infopt.core.models.conv1d import is_transposed
+from infopt.core.models.experts import experts_around
 from infopt.core.models.hf import blocks as model_blocks
 from infopt.core.models.hf import resolve, skeleton
 from infopt.core.models.unfused import unfused
@@ -52,6 +54,8 @@ class Job:
     """By the target's name in the model; empty where weights are only transformed."""
     dtype: torch.dtype
     device: torch.device
+    experts: bool
+    """Whether some targets lie in layers of experts."""
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -124,7 +128,18 @@ def resolve_job(
         if (isinstance(module, nn.Linear) and f"{prefix}.{local}" not in names)
         or f"{prefix}.{local}" in routers
     )
-    return Job(artifact, settings, blocks, stored, ignored, schemes, dtype, torch.device(device))
+    experts = any(experts_around(model, f"{target.name}.weight") for target in targets)
+    return Job(
+        artifact,
+        settings,
+        blocks,
+        stored,
+        ignored,
+        schemes,
+        dtype,
+        torch.device(device),
+        experts,
+    )
 
 
 def keep_bytes(device: torch.device) -> int:
@@ -200,13 +215,12 @@ def _check_layout(
     if wrong:
         first, reason = wrong[0]
         others = f" (and {len(wrong) - 1} more layers)" if len(wrong) > 1 else ""
-        leaves = {target.name.rpartition(".")[2] for target, _ in wrong}
         if len(wrong) == len(targets):
             raise UnsupportedError(
                 f"the {settings.format} format cannot hold {first.name}{others}: {reason}",
                 "choose another --format, or leave it to the method and the scheme",
             )
-        pattern = first.name if len(leaves) > 1 or len(wrong) == 1 else f"*.{leaves.pop()}"
+        pattern = ignore_pattern([target for target, _ in wrong])
         raise UnsupportedError(
             f"the {settings.format} format cannot hold {first.name}{others}: {reason}",
             f"choose another --format, or leave layers as they are: --ignore '{pattern}'",

@@ -1,6 +1,5 @@
 """What a quantization would do, need and take, before it is done (`--dry-run`)."""
 
-import shutil
 import time
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 
 from infopt.core.artifact.read import Artifact
 from infopt.core.errors import ResourceError
+from infopt.core.files import require_disk
 from infopt.core.hardware.probe import probe
 from infopt.core.quantization.job import BATCH_TOKENS, Job, keep_bytes, resolve_job
 from infopt.core.quantization.mixed import SENSITIVITY_TOKENS
@@ -81,15 +81,7 @@ def check_memory(job: Job) -> None:
 
 def check_disk(job: Job, output: Path) -> None:
     """Raise ResourceError where the disk has no room for the artifact and the work towards it."""
-    folder = next(p for p in output.parents if p.exists())
-    needed = int(_disk(job) * _DISK_RESERVE)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ResourceError(
-            f"quantizing {job.artifact.name} needs {needed / 2**20:.0f} MiB of disk, "
-            f"{folder} has {free / 2**20:.0f}",
-            "free some space or choose another --output",
-        )
+    require_disk(output, _disk(job) * _DISK_RESERVE, f"quantizing {job.artifact.name}")
 
 
 def _tokens(job: Job) -> int:

@@ -1,8 +1,6 @@
 """The door: quantize a model and write it as an artifact."""
 
 import dataclasses
-import resource
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,8 +14,7 @@ from infopt.core.compression.calibration import calibration_tokens, token_hash
 from infopt.core.errors import GateError, NumericsError
 from infopt.core.files import check_output
 from infopt.core.formats.number import IntegerFormat
-from infopt.core.models.experts import experts_around
-from infopt.core.models.hf import skeleton
+from infopt.core.hardware.probe import peak_memory
 from infopt.core.progress import Progress, ProgressCallback, silent
 from infopt.core.quantization.checkpoint import Checkpoint, open_checkpoint
 from infopt.core.quantization.job import Job, resolve_job
@@ -165,10 +162,7 @@ def _tokens_seen(job: Job, tokens: Tensor) -> int:
 
 def _told(job: Job) -> tuple[str, ...]:
     """What a user of the artifact should know of its loaders."""
-    if job.settings.format != "gptq":
-        return ()
-    model = skeleton(job.artifact)
-    if any(experts_around(model, f"{target.name}.weight") for target in job.targets):
+    if job.settings.format == "gptq" and job.experts:
         return (
             "plain transformers leaves experts in the gptq format uninitialised; gptqmodel and "
             "vLLM read them, or choose --format compressed-tensors",
@@ -188,5 +182,4 @@ def _peak_memory(device: torch.device) -> int:
     """Of the process on a CPU, of torch's allocations on a GPU; bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_memory()

@@ -82,13 +82,22 @@ def report_rounded(
     seconds: float = 0.0,
 ) -> RoundedLayer:
     """What is reported of a layer that was rounded elsewhere."""
-    hessian = _hessian(statistics)
-    grid = group_grids(layer.weight, weight.format, mse=settings.grid == "mse")
-    nearest = quantize_nearest(layer.weight, weight.format, grid).dequantize()
-    error = relative_error(layer.weight, weight.dequantize(), hessian)
-    found = _Found(weight, error, relative_error(layer.weight, nearest, hessian))
+    error = relative_error(layer.weight, weight.dequantize(), _hessian(statistics))
+    found = _Found(weight, error, nearest_error(layer.weight, weight.format, statistics, settings))
     row = _row(layer, found, statistics, settings)
     return RoundedLayer(weight, row.model_copy(update={"seconds": seconds}))
+
+
+def nearest_error(
+    weight: Tensor,
+    form: IntegerFormat,
+    statistics: InputStatistics | None,
+    settings: QuantizeSettings,
+) -> float:
+    """The relative error of rounding a weight [N, K] to nearest."""
+    grid = group_grids(weight, form, mse=settings.grid == "mse")
+    nearest = quantize_nearest(weight, form, grid).dequantize()
+    return relative_error(weight, nearest, _hessian(statistics))
 
 
 @dataclass(frozen=True, slots=True)

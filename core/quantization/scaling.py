@@ -9,7 +9,7 @@ from torch import Tensor
 from infopt.core.compression.gather import Group, gather
 from infopt.core.compression.norms import gain_offset
 from infopt.core.compression.pairs import Pair, find_pairs, scale_pair
-from infopt.core.compression.statistics import InputStatistics, relative_error
+from infopt.core.compression.statistics import InputStatistics
 from infopt.core.compression.walk import Walk
 from infopt.core.formats.activation import ActivationFormat
 from infopt.core.formats.number import IntegerFormat
@@ -17,7 +17,7 @@ from infopt.core.formats.scheme import LayerScheme
 from infopt.core.models.hf import resolve
 from infopt.core.quantization.awq import Ranges, awq_scales
 from infopt.core.quantization.job import Job
-from infopt.core.quantization.nearest import group_grids, quantize_nearest
+from infopt.core.quantization.rounding import nearest_error
 from infopt.core.quantization.smooth import search_alpha, smooth_scales
 from infopt.core.recipe.quantize import QuantizeSettings
 
@@ -113,7 +113,5 @@ def _rtn_errors(walk: Walk, statistics: dict[Group, InputStatistics], job: Job) 
             form = job.schemes[name].weight
             assert isinstance(form, IntegerFormat)
             weight = walk.layer(name).weight.to(torch.float32)
-            grid = group_grids(weight, form, mse=job.settings.grid == "mse")
-            nearest = quantize_nearest(weight, form, grid).dequantize()
-            found[name] = relative_error(weight, nearest, part.hessian if part.rows else None)
+            found[name] = nearest_error(weight, form, part, job.settings)
     return found

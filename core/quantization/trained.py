@@ -1,17 +1,18 @@
 """QAT: GPTQ's codes first, then training on them."""
 
 import time
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from infopt.core.artifact.quantized import linear_weight
 from infopt.core.artifact.read import read_artifact
-from infopt.core.formats.layout import encode
 from infopt.core.formats.number import IntegerFormat, QuantizedWeight
+from infopt.core.models.conv1d import is_transposed
 from infopt.core.models.hf import load_transformers, resolve, skeleton
 from infopt.core.progress import Progress, ProgressCallback
-from infopt.core.quantization.block import stored_tensor
+from infopt.core.quantization.block import encoded, stored_tensor
 from infopt.core.quantization.checkpoint import Checkpoint, open_checkpoint
 from infopt.core.quantization.job import Job
 from infopt.core.quantization.made import PROBE_TOKENS, Made
@@ -71,16 +72,7 @@ def _initial(
     place = checkpoint.stage("gptq")
     if not place.exists():
         settings = job.settings.model_copy(update={"method": "gptq", "format": "gptq"})
-        first = Job(
-            job.artifact,
-            settings,
-            job.blocks,
-            job.stored,
-            job.ignored,
-            job.schemes,
-            job.dtype,
-            job.device,
-        )
+        first = replace(job, settings=settings)
         identity = first.identity("of the stage")
         with open_checkpoint(place, identity, resume=True, replace=False) as own:
             made = make_walked(first, tokens, own, progress)
@@ -103,18 +95,15 @@ def _commit(job: Job, trained: QatResult, checkpoint: Checkpoint, seconds: float
     whole = sum(target.outputs * target.inputs for target in job.targets)
     model = skeleton(job.artifact)
     stored = {target: name for name, target in job.stored.items()}
-    assert job.settings.format is not None
     for index, block in enumerate(job.blocks):
         last = index == len(job.blocks) - 1
         tensors: dict[str, Tensor] = {}
         rows: list[LayerError] = []
         for target in block.targets:
             name, weight = stored[target.name], trained.weights[target.name]
-            parts = encode(job.settings.format, weight)
-            stem = name.removesuffix("weight")
-            tensors.update({f"{stem}{key}": part.cpu() for key, part in parts.items()})
+            tensors.update(encoded(job, target.name, name, weight))
             original = job.artifact.tensor(name).to(job.device, torch.float32)
-            original = original if original.shape == weight.codes.shape else original.T
+            original = original.T if is_transposed(model, target.name) else original
             layer = Layer(target.name, original, job.schemes[target.name])
             share = seconds * original.numel() / whole
             rows.append(report_rounded(layer, weight, None, job.settings, share).row)

@@ -17,7 +17,6 @@ from infopt.core.compression.targets import (
     choose_group_size,
     find_routers,
     find_targets,
-    require_multiple,
     stages,
 )
 from infopt.core.errors import UnsupportedError, UsageError
@@ -182,10 +181,3 @@ def test_a_size_that_does_not_divide_names_those_that_do() -> None:
 def test_channel_is_the_whole_row() -> None:
     assert choose_group_size("channel", targets_of(100)) is None
     assert choose_group_size(64, targets_of(128, 64)) == 64
-
-
-def test_sides_that_the_format_cannot_hold_are_named() -> None:
-    with pytest.raises(UnsupportedError) as caught:
-        require_multiple([*targets_of(64), Target("a.odd", 50, 64)], 32, "the gptq format")
-    assert "a.odd" in caught.value.message and "50x64" in caught.value.message
-    assert "a.odd" in str(caught.value.hint)

@@ -89,8 +89,7 @@ def test_observed_inputs_are_those_of_the_whole_model(
     walk.advance()
     walk.load()
     name = f"{walk.names[1]}.mlp.down_proj"
-    seen: list[Tensor] = []
-    walk.observe([name], lambda _, value: seen.append(value))
+    seen = [found[name] for found in walk.inputs([name])]
     assert len(seen) == 3, "the probe is left out"
 
     model = load_transformers(artifact, torch.float32, CPU)
@@ -109,7 +108,7 @@ def test_observing_computes_no_further_than_it_must(make_model: Callable[[str], 
     later: list[str] = []
     module = walk.layer(f"{walk.names[0]}.self_attn.o_proj")
     module.register_forward_pre_hook(lambda *_: later.append("o_proj"))
-    walk.observe([f"{walk.names[0]}.self_attn.q_proj"], lambda *_: None)
+    list(walk.inputs([f"{walk.names[0]}.self_attn.q_proj"]))
     assert later == []
 
 
@@ -161,7 +160,7 @@ def test_settled_layers_give_the_same_outputs(
         settled.load()
         name = settled.names[settled.position]
         settled.settle([f"{name}.self_attn.{leaf}_proj" for leaf in "qkv"])
-        settled.observe([f"{name}.mlp.down_proj"], lambda *_: None)
+        list(settled.inputs([f"{name}.mlp.down_proj"]))
         settled.settle([f"{name}.mlp.gate_proj"])
         settled.advance()
         for one, other in zip(plain.hidden, settled.hidden, strict=True):
@@ -189,7 +188,7 @@ def test_kept_outputs_spare_the_work_unless_the_model_writes_into_them(
     walk.layer(f"{prefix}.k_proj").register_forward_hook(lambda _, __, output: output.mul_(1.5))
     walk.settle([f"{prefix}.q_proj", f"{prefix}.k_proj"])
     for _ in range(2):
-        walk.observe([f"{prefix}.o_proj"], lambda *_: None)
+        list(walk.inputs([f"{prefix}.o_proj"]))
     assert computed.count("q_proj") == 3 and computed.count("k_proj") == 6
 
 
@@ -203,11 +202,11 @@ def test_a_module_whose_every_target_is_settled_runs_once_a_batch(
     entered: list[object] = []
     walk.layer(f"{block}.self_attn.q_proj").register_forward_pre_hook(lambda *_: entered.append(1))
     walk.settle([f"{block}.self_attn.{leaf}_proj" for leaf in "qkv"])
-    walk.observe([f"{block}.self_attn.o_proj"], lambda *_: None)
+    list(walk.inputs([f"{block}.self_attn.o_proj"]))
     walk.settle([f"{block}.self_attn.o_proj"])
-    walk.observe([f"{block}.mlp.up_proj"], lambda *_: None)
+    list(walk.inputs([f"{block}.mlp.up_proj"]))
     assert len(entered) == 3, "o_proj's input was held: nothing before it runs again"
-    walk.observe([f"{block}.mlp.down_proj"], lambda *_: None)
+    list(walk.inputs([f"{block}.mlp.down_proj"]))
     walk.advance()
     assert len(entered) == 4, "for the probe, which nothing has computed before"
 

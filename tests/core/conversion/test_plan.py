@@ -1,5 +1,6 @@
 """What a conversion would need, before it is done."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 
 from infopt.core.artifact.read import Artifact, read_artifact
-from infopt.core.conversion import plan
 from infopt.core.conversion.convert import convert
 from infopt.core.conversion.plan import plan_convert
 from infopt.core.errors import ResourceError
@@ -35,7 +35,7 @@ def test_a_model_yet_to_be_quantized_has_a_plan(checkpoint: Open, tmp_path: Path
 def test_a_full_disk_is_told_before(
     checkpoint: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(ResourceError, match="MiB of disk"):
         convert(checkpoint("awq"), tmp_path / "out", ConvertSettings(format="gptq"))
     assert not (tmp_path / "out").exists()

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -5,7 +6,6 @@ import pytest
 
 from infopt.core.artifact.read import Artifact
 from infopt.core.errors import ResourceError, UsageError
-from infopt.core.quantization import plan
 from infopt.core.quantization.job import resolve_job
 from infopt.core.quantization.plan import check_disk, plan_quantize
 from infopt.core.quantization.quantize import quantize
@@ -53,7 +53,7 @@ def test_a_full_disk_is_told_before_the_work(
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
     job = resolve_job(make_llama(), QuantizeSettings(device="cpu"))
     with pytest.raises(ResourceError, match="of disk"):
         check_disk(job, tmp_path / "deep" / "out")

@@ -295,8 +295,11 @@ def test_sizes_that_do_not_fit_are_refused_at_once(
     with pytest.raises(UsageError, match="128 does not divide the 64"):
         quantize(make_llama(), tmp_path / "out", settings(calibration_file, group_size=128))
     odd = make_llama("odd", intermediate_size=80)
-    with pytest.raises(UnsupportedError, match="divisible by 32"):
+    with pytest.raises(UnsupportedError, match="divisible by 32") as caught:
         quantize(odd, tmp_path / "out", settings(calibration_file, group_size="channel"))
+    name = "model.layers.0.mlp.gate_proj"
+    assert name in caught.value.message and "80 x 64" in caught.value.message
+    assert name in str(caught.value.hint)
 
 
 RUN = """
