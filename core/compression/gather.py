@@ -53,11 +53,13 @@ def gather(
 
 
 def _fold(part: _Running, inputs: Tensor, quota: int, original: Tensor | None) -> None:
-    rows = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
-    if not len(rows):
+    if not inputs.numel():
         return  # an expert that no token of this batch was routed to
     before = part.rows
-    part.rows = accumulate_hessian(part.hessian, rows, before)
+    part.rows = accumulate_hessian(part.hessian, inputs, before)
+    if original is None and not quota:
+        return
+    rows = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
     if original is not None:
         if part.drift is None:
             part.drift = torch.zeros_like(part.hessian)

@@ -58,10 +58,17 @@ class Replay:
         """From now on keep what `module`, with all that lies within it, returns."""
         replace_forward(self._modules, module, self._remembering(name, module.forward))
 
-    def hold(self, name: str, value: Tensor) -> None:
-        """Keep the input of the layer `name` for the current batch, if there is room."""
+    def hold(self, name: str, value: Tensor, owner: str) -> None:
+        """Keep the input of the layer `name` for the current batch, if there is room.
+
+        `name` is the tail of the module `owner`: what other layers within it returned is spent.
+        """
         self._held.pop((name, self.batch), None)
-        if self._used() + value.nbytes <= self.limit:
+        spent = self._within(owner)
+        freed = sum(self._kept[key].nbytes for key in spent)
+        if self._used() - freed + value.nbytes <= self.limit:
+            for key in spent:
+                del self._kept[key]
             self._held[name, self.batch] = (value, value._version)
 
     def add_tail(self, name: str, module: nn.Module, tail: "Tail") -> None:
@@ -104,6 +111,10 @@ class Replay:
 
         return forward
 
+    def _within(self, name: str) -> list[tuple[str, int]]:
+        """What is kept of the current batch of modules within the module `name`."""
+        return [k for k in self._kept if k[1] == self.batch and k[0].startswith(f"{name}.")]
+
     def _used(self) -> int:
         kept = sum(kept.nbytes for kept in self._kept.values())
         return kept + sum(value.nbytes for value, _ in self._held.values())
@@ -114,8 +125,7 @@ class Replay:
         if len(tensors) != sum(part is not None for part in parts):
             return  # something else is in it, whose changes could not be noticed
         nbytes = sum(tensor.nbytes for tensor in tensors)
-        name, batch = key
-        within = [k for k in self._kept if k[1] == batch and k[0].startswith(f"{name}.")]
+        within = self._within(key[0])
         freed = sum(self._kept[k].nbytes for k in within)
         if self._used() - freed + nbytes > self.limit:
             return

@@ -1,5 +1,7 @@
 """Second-order statistics of a linear layer's inputs, and errors measured by them; pure."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -43,19 +45,36 @@ def accumulate_hessian(hessian: Tensor, inputs: Tensor, seen: int) -> int:
     `hessian` float32 [K, K] is changed in place, and only its upper triangle is meant:
     `complete_hessian` fills the rest.
     """
+    narrow = inputs.dtype == torch.bfloat16
     rows = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
     total = seen + rows.shape[0]
     if total == seen:
         return seen  # an expert that no token of the batch is routed to
     size = hessian.shape[0]
     step = -(-size // _PANELS)
-    for start in range(0, size, step):
-        # Panels from the diagonal to the right: 5/8 of the work of the full product.
-        panel = hessian[start : start + step, start:]
-        panel.addmm_(
-            rows[:, start : start + step].T, rows[:, start:], beta=seen / total, alpha=2 / total
-        )
+    with _bfloat16_products(narrow):
+        for start in range(0, size, step):
+            # Panels from the diagonal to the right: 5/8 of the work of the full product.
+            panel = hessian[start : start + step, start:]
+            panel.addmm_(
+                rows[:, start : start + step].T, rows[:, start:], beta=seen / total, alpha=2 / total
+            )
     return total
+
+
+@contextmanager
+def _bfloat16_products(exact: bool) -> Iterator[None]:
+    """Where factors are bfloat16 in truth, their products are exact in the CPU's units for them,
+    and sums are float32 there too: 2 to 4 times as fast where the CPU has such units."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set by a module hook
+    former = matmul.fp32_precision
+    try:
+        if exact:
+            matmul.fp32_precision = "bf16"
+        yield
+    finally:
+        if exact:
+            matmul.fp32_precision = former
 
 
 def complete_hessian(hessian: Tensor) -> Tensor:

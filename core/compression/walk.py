@@ -165,7 +165,7 @@ class Walk:
             def note(name: str, value: Tensor, found: dict[str, Tensor] = found) -> None:
                 found[name] = value
                 if name in self._tails:
-                    self._replay.hold(name, value)
+                    self._replay.hold(name, value, self._tails[name][0])
                     self._held_after[name] = frozenset(self._settled)
                 if len(found) == len(names):
                     raise _Enough

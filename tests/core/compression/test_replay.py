@@ -3,7 +3,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from infopt.core.compression.replay import Replay, replace_forward
+from infopt.core.compression.replay import Replay, Tail, replace_forward
 
 
 class Counting(nn.Module):
@@ -68,3 +68,20 @@ def test_a_replaced_forward_comes_back_layer_by_layer() -> None:
             assert module(0) == 2
         assert module(0) == 1
     assert module(0) == 0
+
+
+@torch.no_grad()
+def test_what_a_held_tail_makes_needless_gives_its_room() -> None:
+    """Room for one tensor: the input of the tail takes the place of the output before it."""
+    layer, value = nn.Linear(4, 4, bias=False), torch.ones(2, 4)
+    replay = Replay(value.nbytes)
+    replay.add("m.first", layer)
+    expected = layer(value)
+    replay.hold("m.last", value, "m")
+    layer.weight.mul_(2)
+    assert torch.equal(layer(value), expected * 2), "no longer kept: computed anew"
+    replay.hold("n.last", torch.ones(1, 4), "n")
+    module = Counting()
+    replay.add_tail("n.last", module, Tail(module.inner, 1))
+    module(value)
+    assert module.calls == 1, "there was no room for the tail of another module"

@@ -32,6 +32,24 @@ def test_bfloat16_inputs_are_summed_in_float32() -> None:
     assert float((complete_hessian(hessian) - expected).abs().max()) < 1e-4
 
 
+@pytest.mark.parametrize("columns", [8, 130, 640])
+def test_products_of_bfloat16_inputs_lose_nothing(columns: int) -> None:
+    """The units that multiply bfloat16 give what float32 would; float32 inputs stay out of them."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype, inputs in (
+        (torch.bfloat16, torch.randn(512, columns, generator=generator).to(torch.bfloat16)),
+        (torch.float32, torch.randn(512, columns, generator=generator)),
+    ):
+        hessian = torch.zeros(columns, columns)
+        accumulate_hessian(hessian, inputs, 0)
+        rows = inputs.double()
+        expected = 2 * rows.T @ rows / 512
+        strayed = (complete_hessian(hessian) - expected).abs().max()
+        assert float(strayed) < 2e-5, dtype
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    assert matmul.fp32_precision == "none", "as it was"
+
+
 def test_the_error_is_that_of_the_outputs() -> None:
     inputs, weight = torch.randn(500, 16), torch.randn(4, 16)
     quantized = weight + 0.1 * torch.randn(4, 16)
