@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infopt.cli import bench, convert, evaluate, profile, quantize, serve
+from infopt.cli import bench, convert, distill, evaluate, profile, prune, quantize, serve
 from infopt.cli.kept import kept, key_of, prepare, remember
 from infopt.cli.options import Common
 from infopt.cli.screen import Screen
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 PERFORM: dict[str, Perform] = {
     "quantize": quantize.perform,
+    "prune": prune.perform,
+    "distill": distill.perform,
     "convert": convert.perform,
     "evaluate": evaluate.perform,
     "profile": profile.perform,
@@ -44,6 +46,8 @@ PERFORM: dict[str, Perform] = {
 }
 PLAN: dict[str, Planner] = {
     "quantize": quantize.plan,
+    "prune": prune.plan,
+    "distill": distill.plan,
     "convert": convert.plan_step,
     "evaluate": evaluate.plan,
     "profile": profile.plan,

@@ -12,20 +12,26 @@ from infopt.core.errors import UsageError
 from infopt.core.files import write_atomically
 from infopt.core.reports.bench import BenchReport
 from infopt.core.reports.convert import ConvertReport
+from infopt.core.reports.distill import DistillReport
 from infopt.core.reports.evaluate import EvaluateReport
+from infopt.core.reports.kv_heads import KvHeadsReport
+from infopt.core.reports.medusa import MedusaReport
 from infopt.core.reports.profile import ProfileReport
+from infopt.core.reports.prune import PruneReport
 from infopt.core.reports.quantize import QuantizeReport
 from infopt.core.reports.schema import Report
 
 STATE = "run.json"
 _MARK = {"made_by": "infopt", "what": "a run"}
 # A served step is done again: its server is gone.
-KEPT: dict[str, type[Report]] = {
-    "quantize": QuantizeReport,
-    "convert": ConvertReport,
-    "evaluate": EvaluateReport,
-    "profile": ProfileReport,
-    "bench": BenchReport,
+KEPT: dict[str, tuple[type[Report], ...]] = {
+    "quantize": (QuantizeReport,),
+    "prune": (PruneReport,),
+    "distill": (DistillReport, MedusaReport),
+    "convert": (ConvertReport, KvHeadsReport),
+    "evaluate": (EvaluateReport,),
+    "profile": (ProfileReport,),
+    "bench": (BenchReport,),
 }
 
 
@@ -73,11 +79,13 @@ def kept(root: Path, name: str, key: str, work: Work) -> Report | None:
         return None
     if work.output is not None and not work.output.is_dir():
         return None
-    try:
-        return KEPT[work.verb].model_validate_json((root / name).read_bytes())
-    except (OSError, ValidationError):
-        work.screen.warn(f"{root / name} cannot be read: the step is done again")
-        return None
+    for kind in KEPT[work.verb]:
+        try:
+            return kind.model_validate_json((root / name).read_bytes())
+        except (OSError, ValidationError):
+            continue
+    work.screen.warn(f"{root / name} cannot be read: the step is done again")
+    return None
 
 
 def key_of(work: Work) -> str:
@@ -89,6 +97,7 @@ def key_of(work: Work) -> str:
         "verb": work.verb,
         "settings": settings,
         "model": _stamp(work.artifact.path),
+        "teacher": _stamp(work.open(settings["teacher"]).path) if settings.get("teacher") else 0,
         "baseline": _stamp(work.open(settings["baseline"]).path) if settings.get("baseline") else 0,
         "texts": [_stamp(Path(text)) for text in texts if text and Path(text).exists()],
     }

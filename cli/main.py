@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from infopt.cli import bench, convert, doctor, evaluate, profile, quantize, run, serve
+from infopt.cli import (
+    bench,
+    convert,
+    distill,
+    doctor,
+    evaluate,
+    profile,
+    prune,
+    quantize,
+    run,
+    serve,
+)
 from infopt.cli.screen import plain_error, plain_line
 from infopt.core.errors import InfoptError
 
@@ -27,6 +38,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("quantize")(quantize.quantize)
+app.command("prune")(prune.prune)
+app.command("distill")(distill.distill)
 app.command("convert")(convert.convert)
 app.command("evaluate")(evaluate.evaluate)
 app.command("profile")(profile.profile)

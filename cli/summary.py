@@ -3,11 +3,16 @@
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from infopt.cli.compressed import distill_rows, kv_heads_rows, medusa_rows, prune_rows
 from infopt.core.reports.bench import BenchReport
 from infopt.core.reports.convert import ConvertReport
+from infopt.core.reports.distill import DistillReport
 from infopt.core.reports.doctor import DoctorReport
 from infopt.core.reports.evaluate import EvaluateReport
+from infopt.core.reports.kv_heads import KvHeadsReport
+from infopt.core.reports.medusa import MedusaReport
 from infopt.core.reports.profile import MeasuredPhase, ProfileReport
+from infopt.core.reports.prune import PruneReport
 from infopt.core.reports.quantize import Allocation, QuantizeReport, SensitivityReport
 from infopt.core.reports.run import RunReport
 from infopt.core.reports.schema import Percentiles, Plan, Report
@@ -27,6 +32,14 @@ def summary(report: Report) -> "RenderableType":
             return _table("sensitivity", _sensitivity_rows(report))
         case QuantizeReport():
             return _table(f"quantized: {report.output}", _quantize_rows(report))
+        case PruneReport():
+            return _table(f"pruned: {report.output}", prune_rows(report))
+        case DistillReport():
+            return _table(f"distilled: {report.output}", distill_rows(report))
+        case MedusaReport():
+            return _table(f"Medusa heads: {report.output}", medusa_rows(report))
+        case KvHeadsReport():
+            return _table(f"converted: {report.output}", kv_heads_rows(report))
         case ConvertReport():
             return _table(f"converted: {report.output}", _convert_rows(report))
         case EvaluateReport():

@@ -13,8 +13,12 @@ from infopt.cli.options import Common
 from infopt.cli.screen import Screen
 from infopt.core.errors import RecipeError, UsageError
 from infopt.core.recipe.base import Settings, validated
-from infopt.core.recipe.recipe import VERBS, WRITING, Step, find_recipe, load_recipe
+from infopt.core.recipe.recipe import WRITING, Step, find_recipe, load_recipe, settings_of
 from infopt.core.reports.convert import ConvertReport
+from infopt.core.reports.distill import DistillReport
+from infopt.core.reports.kv_heads import KvHeadsReport
+from infopt.core.reports.medusa import MedusaReport
+from infopt.core.reports.prune import PruneReport
 from infopt.core.reports.quantize import QuantizeReport
 from infopt.core.reports.schema import Plan, Report
 
@@ -48,6 +52,15 @@ class Work:
 
 REPORT = "report.json"
 PAGE = "report.html"
+OF_ARTIFACTS = (
+    QuantizeReport,
+    PruneReport,
+    DistillReport,
+    MedusaReport,
+    ConvertReport,
+    KvHeadsReport,
+)
+"""The reports that lie in the artifact that they speak of."""
 Perform = Callable[[Work], Report]
 Planner = Callable[[Work], Plan]
 
@@ -57,13 +70,14 @@ def settings_for(
 ) -> tuple[Settings, Step | None]:
     """Settings of a verb: the recipe's, if one is named, overridden by the options given."""
     options = {key: value for key, value in given.items() if value is not None}
-    for key in ("device", "dtype", "seed"):
-        if (value := getattr(common, key)) is not None and key in VERBS[verb].model_fields:
-            options[key] = value
     step = _recipe_step(verb, common.recipe) if common.recipe else None
     # What follows from other settings is not taken over: the options may change those.
     base = step.settings.model_dump(mode="json", exclude_unset=True) if step else {}
-    return validated(VERBS[verb], _merged(base, options), "the command line"), step
+    kind = settings_of(verb, {**base, **options})
+    for key in ("device", "dtype", "seed"):
+        if (value := getattr(common, key)) is not None and key in kind.model_fields:
+            options[key] = value
+    return validated(kind, _merged(base, options), "the command line"), step
 
 
 def _recipe_step(verb: str, path: Path) -> Step:
@@ -154,7 +168,7 @@ def keep(report: Report, folder: Path | None) -> None:
     same as a page beside it."""
     from infopt.core.reports.store import save, save_html
 
-    place = Path(report.output) if isinstance(report, QuantizeReport | ConvertReport) else folder
+    place = Path(report.output) if isinstance(report, OF_ARTIFACTS) else folder
     if place is not None:
         save(report, place / REPORT)
         save_html(report, place / PAGE)

@@ -1,5 +1,6 @@
 """How the packages below us behave in our processes: quietly, and as good neighbours."""
 
+import ctypes
 import logging
 import os
 
@@ -21,3 +22,10 @@ def share_cores() -> None:
     (docs/results/threads.md).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def return_memory() -> None:
+    """Give memory that was freed back to the system, where the C library knows how (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("cli", "core", "kernels")
 FLOORS = """\
     cli                                                          words and screen
-    quantization  conversion  evaluation  server  bench          one door a verb
-    runtime  compression  profiling
+    quantization  pruning  distillation  conversion  evaluation  server  bench    one door a verb
+    runtime  compression  training  profiling
     models
     layers  artifact  reports  text
     recipe  formats  hardware
@@ -33,7 +33,18 @@ floor never import each other (`tests/test_architecture.py`):
 
 {FLOORS}
 """
-VERBS = ("quantize", "convert", "evaluate", "profile", "serve", "bench", "run", "doctor")
+VERBS = (
+    "quantize",
+    "prune",
+    "distill",
+    "convert",
+    "evaluate",
+    "profile",
+    "serve",
+    "bench",
+    "run",
+    "doctor",
+)
 
 
 def first_line(path: Path) -> str:

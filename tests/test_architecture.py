@@ -18,9 +18,17 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"core.reports"}),  # an artifact sums itself up in a report's words
     frozenset({"core.layers", "core.artifact", "core.text"}),
     frozenset({"core.models"}),
-    frozenset({"core.runtime", "core.compression", "core.profiling"}),
+    frozenset({"core.runtime", "core.compression", "core.profiling", "core.training"}),
     frozenset(
-        {"core.quantization", "core.conversion", "core.evaluation", "core.server", "core.bench"}
+        {
+            "core.quantization",
+            "core.pruning",
+            "core.distillation",
+            "core.conversion",
+            "core.evaluation",
+            "core.server",
+            "core.bench",
+        }
     ),
     frozenset({"cli"}),
 )

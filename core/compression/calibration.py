@@ -6,9 +6,14 @@ import torch
 from torch import Tensor
 
 from infopt.core.artifact.read import Artifact
+from infopt.core.hardware.probe import probe
 from infopt.core.recipe.text import CalibrationSettings
 from infopt.core.text.sources import calibration_text
 from infopt.core.text.windows import token_windows
+
+BATCH_TOKENS = 4096
+"""Calibration tokens that go through a block at once."""
+_KEPT_SHARE = 0.25
 
 
 def calibration_tokens(artifact: Artifact, settings: CalibrationSettings, seed: int) -> Tensor:
@@ -32,3 +37,10 @@ def token_hash(tokens: Tensor) -> str:
     """SHA-256 of shape and content, in hex."""
     content = tokens.to(torch.int64).contiguous().numpy().tobytes()
     return hashlib.sha256(str(tuple(tokens.shape)).encode() + content).hexdigest()
+
+
+def keep_bytes(device: torch.device) -> int:
+    """Memory for outputs that would else be computed again: a quarter of what is free."""
+    if device.type == "cuda":
+        return int(_KEPT_SHARE * torch.cuda.mem_get_info(device)[0])
+    return int(_KEPT_SHARE * probe().memory_available_bytes)

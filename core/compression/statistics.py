@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _PANELS = 4
+_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +46,20 @@ def accumulate_hessian(hessian: Tensor, inputs: Tensor, seen: int) -> int:
     `hessian` float32 [K, K] is changed in place, and only its upper triangle is meant:
     `complete_hessian` fills the rest.
     """
-    narrow = inputs.dtype == torch.bfloat16
-    rows = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
+    rows = inputs.reshape(-1, inputs.shape[-1])
     total = seen + rows.shape[0]
     if total == seen:
-        return seen  # an expert that no token of the batch is routed to
+        return seen  # an expert that no token of the batch was routed to
+    hessian.mul_(seen / total)
     size = hessian.shape[0]
     step = -(-size // _PANELS)
-    with _bfloat16_products(narrow):
-        for start in range(0, size, step):
-            # Panels from the diagonal to the right: 5/8 of the work of the full product.
-            panel = hessian[start : start + step, start:]
-            panel.addmm_(
-                rows[:, start : start + step].T, rows[:, start:], beta=seen / total, alpha=2 / total
-            )
+    with _bfloat16_products(rows.dtype == torch.bfloat16):
+        for part in torch.split(rows, _ROWS):
+            wide = part.to(torch.float32)
+            for start in range(0, size, step):
+                # Panels from the diagonal to the right: 5/8 of the work of the full product.
+                panel = hessian[start : start + step, start:]
+                panel.addmm_(wide[:, start : start + step].T, wide[:, start:], alpha=2 / total)
     return total
 
 

@@ -22,6 +22,7 @@ from infopt.core.compression.targets import Target
 from infopt.core.errors import NumericsError
 from infopt.core.formats.activation import ActivationFormat
 from infopt.core.formats.scheme import KvFormat
+from infopt.core.libraries import return_memory
 from infopt.core.models.experts import Calibration, calibrate_experts
 from infopt.core.models.hf import blocks, materialize, release, resolve, skeleton, tie
 from infopt.core.models.inputs import round_inputs_as_stored, round_layer_inputs
@@ -226,6 +227,7 @@ class Walk:
         if not keep:
             release(self._blocks[self.position])
         self.position += 1
+        return_memory()
 
     @torch.no_grad()
     def probe_logits(self) -> Tensor:

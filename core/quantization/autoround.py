@@ -19,7 +19,7 @@ from infopt.core.formats.activation import ActivationFormat
 from infopt.core.formats.number import IntegerFormat, QuantizedWeight
 from infopt.core.progress import Progress, ProgressCallback, silent
 from infopt.core.quantization.grid import Grid
-from infopt.core.quantization.nearest import as_quantized, group_grids
+from infopt.core.quantization.nearest import as_quantized, group_grids, held_zeros
 from infopt.core.quantization.straight_through import (
     fake_quantize,
     round_inputs_through,
@@ -101,6 +101,7 @@ class _Tuned:
         self.weight = weight.detach().to(torch.float32)
         self.grid = group_grids(self.weight, form, mse=mse)
         self.offset = torch.zeros_like(self.weight)
+        self._held = held_zeros(self.weight)
         self.high = torch.ones_like(self.grid.scale)
         self.low = torch.ones_like(self.grid.scale)
         self._best = [part.clone() for part in self.learned]
@@ -125,6 +126,8 @@ class _Tuned:
                     part.sub_(part.grad.sign_(), alpha=rate)
                     part.grad = None
             self.offset.clamp_(-_MOST_OFFSET, _MOST_OFFSET)
+            if self._held is not None:
+                self.offset.masked_fill_(self._held, 0.0)
             self.high.clamp_(*_RANGES)
             self.low.clamp_(*_RANGES)
 

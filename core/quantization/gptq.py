@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from infopt.core.compression.factor import inverse_factor
 from infopt.core.formats.number import IntegerFormat, QuantizedWeight
 from infopt.core.quantization.grid import Grid, make_grid
-from infopt.core.quantization.nearest import as_quantized, quantize_nearest
+from infopt.core.quantization.nearest import as_quantized, held_zeros, quantize_nearest
 
 _BLOCK = 128
 _LEAF = 16
-_LADDER = (0.02, 0.05, 0.1, 0.2, 0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,9 @@ def gptq(
     With `act_order` columns go by falling diagonal, on the given grids (static groups); without, a
     group's grid is made anew when its turn comes, from its weights as corrected by then, with or
     without `mse`; then only rounding uses `grid`. Inputs that are always 0 leave their columns to
-    rounding. `drift` float32 [K, K], the mean of 2 (x' - x) x^T against the inputs x' of the
-    original model, lets later columns make up for what the inputs are off already (GPTAQ; Li et
-    al., 2025, https://arxiv.org/abs/2504.02692).
+    rounding, and the zeros of a pruned weight stay. `drift` float32 [K, K], the mean of
+    2 (x' - x) x^T against the inputs x' of the original model, lets later columns make up for what
+    the inputs are off already (GPTAQ; Li et al., 2025, https://arxiv.org/abs/2504.02692).
     """
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
@@ -64,46 +64,24 @@ def gptq(
     factor, damp, climbed = inverse_factor(prepared, damp)
     if factor is None:
         return GptqResult(quantize_nearest(weight, number_format, grid), damp, climbed)
-    columns = weight.float().T
+    columns, held = weight.float().T, held_zeros(weight)
     if order is None:
-        solver = _Solver(columns.contiguous(), factor, _shift(drift, factor), number_format)
+        shift = _shift(drift, factor)
+        solver = _Solver(columns.contiguous(), factor, shift, number_format, _rows(held))
         codes, grid = _sweep_dynamic(solver, block, mse)
     else:
         moved = None if drift is None else drift[order][:, order]
-        solver = _Solver(columns[order], factor, _shift(moved, factor), number_format)
+        shift = _shift(moved, factor)
+        solver = _Solver(columns[order], factor, shift, number_format, _rows(held, order))
         codes = _sweep_static(solver, block, grid, order)
     return GptqResult(as_quantized(codes.T, grid, number_format), damp, climbed)
 
 
-def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor | None, float, str | None]:
-    """Upper U with U^T U = (H + damp mean(diag H) I)^-1, the damping used, and a word on fallbacks.
-
-    The ladder: `damp`; more and more of it; a floor of that height under the diagonal as well;
-    None (which means rounding).
-    """
-    mean = hessian.diagonal().mean()
-    for share in (damp, *(step for step in _LADDER if step > damp)):
-        factor = _factor(hessian, share * mean)
-        if factor is not None:
-            return factor, share, None if share == damp else f"damping raised to {share:g}"
-    floored = hessian.clone()
-    floored.diagonal().clamp_(min=float(mean))
-    factor = _factor(floored, _LADDER[-1] * mean)
-    if factor is not None:
-        return factor, _LADDER[-1], "diagonal floored at its mean"
-    return None, _LADDER[-1], "rtn: the Hessian has no Cholesky factor"
-
-
-def _factor(hessian: Tensor, added: Tensor) -> Tensor | None:
-    """With J the reversal of order, J H J = L L^T gives U = J L^-1 J: no inverse is ever formed."""
-    damped = hessian.clone()
-    damped.diagonal().add_(added)
-    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-    if bool(failed):
+def _rows(held: Tensor | None, order: Tensor | None = None) -> Tensor | None:
+    """[N, K] as columns are solved: [K, N], in their order."""
+    if held is None:
         return None
-    identity = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
-    factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-    return factor if bool(torch.isfinite(factor).all()) else None
+    return held.T.contiguous() if order is None else held.T[order]
 
 
 def _shift(drift: Tensor | None, factor: Tensor) -> Tensor | None:
@@ -119,6 +97,8 @@ class _Solver:
     factor: Tensor
     shift: Tensor | None
     number_format: IntegerFormat
+    held: Tensor | None = None
+    """Where weights are 0 and stay so."""
 
     def quantize(self, start: int, grids: list[Grid]) -> Tensor:
         """Round the columns from `start` on, one for each of `grids`; correct all behind them."""
@@ -132,6 +112,7 @@ class _Solver:
             torch.empty_like(current),
             grids,
             self.number_format,
+            None if self.held is None else self.held[start:stop],
         )
         block.solve(0, len(grids))
         behind = self.columns[stop:]
@@ -152,6 +133,7 @@ class _Block:
     errors: Tensor
     grids: list[Grid]
     number_format: IntegerFormat
+    held: Tensor | None
 
     def solve(self, first: int, last: int) -> None:
         """Half by half: corrections between the halves are one product, not many rank-one ones."""
@@ -176,6 +158,8 @@ class _Block:
             column, code, error, at = columns[index], codes[index], errors[index], first + index
             torch.div(column, grid.scale, out=code)
             code.round_().add_(grid.zero).clamp_(0.0, self.number_format.max_code)
+            if self.held is not None:
+                torch.where(self.held[at], grid.zero, code, out=code)
             torch.sub(code, grid.zero, out=error)
             torch.addcmul(column, error, grid.scale, value=-1, out=error).div_(diagonal[index])
             behind = self.columns[at + 1 : last]

@@ -26,17 +26,12 @@ from infopt.core.formats.nf4 import Nf4Format
 from infopt.core.formats.number import IntegerFormat
 from infopt.core.formats.scheme import LayerScheme
 from infopt.core.hardware.choose import choose_device, choose_dtype
-from infopt.core.hardware.probe import probe
 from infopt.core.models.conv1d import is_transposed
 from infopt.core.models.experts import experts_around
 from infopt.core.models.hf import blocks as model_blocks
 from infopt.core.models.hf import resolve, skeleton
 from infopt.core.models.unfused import unfused
 from infopt.core.recipe.quantize import QuantizeSettings
-
-BATCH_TOKENS = 4096
-"""Calibration tokens that go through a block at once."""
-_KEPT_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,13 +135,6 @@ def resolve_job(
         torch.device(device),
         experts,
     )
-
-
-def keep_bytes(device: torch.device) -> int:
-    """Memory for outputs that would else be computed again: a quarter of what is free."""
-    if device.type == "cuda":
-        return int(_KEPT_SHARE * torch.cuda.mem_get_info(device)[0])
-    return int(_KEPT_SHARE * probe().memory_available_bytes)
 
 
 def _schemes(

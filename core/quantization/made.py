@@ -3,11 +3,15 @@
 from dataclasses import dataclass
 
 from infopt.core.artifact.read import Artifact
+from infopt.core.compression.checkpoint import Checkpoint
 from infopt.core.quantization.job import Job
 from infopt.core.reports.quantize import Allocation, LayerError
 
 PROBE_TOKENS = 64
 """Of the calibration text: the artifact's logits on these are compared before it is done."""
+
+
+LayerCheckpoint = Checkpoint[LayerError]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from infopt.core.artifact.read import read_artifact
+from infopt.core.compression.quality import held_out, mean_nll
 from infopt.core.errors import GateError
 from infopt.core.files import write_atomically
 from infopt.core.formats.number import IntegerFormat
@@ -20,15 +21,13 @@ from infopt.core.quantization.allocate import (
     mean_bits,
     predicted_kl,
 )
-from infopt.core.quantization.checkpoint import Checkpoint
 from infopt.core.quantization.job import Job, resolve_job
-from infopt.core.quantization.made import Made
-from infopt.core.quantization.quality import held_out, mean_nll
+from infopt.core.quantization.made import LayerCheckpoint, Made
 from infopt.core.quantization.sensitivity import measure
 from infopt.core.recipe.base import Settings
 from infopt.core.reports.quantize import Allocation, LayerError, SensitivityRow
 
-Maker = Callable[[Job, Tensor, Checkpoint, ProgressCallback], Made]
+Maker = Callable[[Job, Tensor, LayerCheckpoint, ProgressCallback], Made]
 SENSITIVITY_TOKENS = 1024
 _ROUNDS = 4
 _CLOSE = 0.8
@@ -39,7 +38,7 @@ _SAVE_EVERY = 16
 
 
 def make_mixed(
-    job: Job, tokens: Tensor, checkpoint: Checkpoint, progress: ProgressCallback, make: Maker
+    job: Job, tokens: Tensor, checkpoint: LayerCheckpoint, progress: ProgressCallback, make: Maker
 ) -> Made:
     """Allocate bits, then quantize by `make`; with a bound on perplexity, until it is kept."""
     rows = measure_sensitivity(job, tokens, checkpoint, progress)
@@ -51,7 +50,7 @@ def make_mixed(
 
 
 def measure_sensitivity(
-    job: Job, tokens: Tensor, checkpoint: Checkpoint | None, progress: ProgressCallback
+    job: Job, tokens: Tensor, checkpoint: LayerCheckpoint | None, progress: ProgressCallback
 ) -> tuple[SensitivityRow, ...]:
     """What each unit costs at each width, on the first of the calibration tokens."""
     settings = job.settings
@@ -143,7 +142,7 @@ def _within_bound(
     job: Job,
     rows: tuple[SensitivityRow, ...],
     tokens: Tensor,
-    checkpoint: Checkpoint,
+    checkpoint: LayerCheckpoint,
     progress: ProgressCallback,
     make: Maker,
 ) -> Made:

@@ -6,6 +6,15 @@ from torch import Tensor
 from infopt.core.formats.number import IntegerFormat, QuantizedWeight
 from infopt.core.quantization.grid import Grid, make_grid, round_to_grid
 
+PRUNED = 0.05
+"""A weight with this share of zeros was pruned: chance makes no such number of them."""
+
+
+def held_zeros(weight: Tensor) -> Tensor | None:
+    """Where the zeros of a pruned weight [N, K] are, which must stay zeros; None for any other."""
+    zeros = weight == 0
+    return zeros if float(zeros.float().mean()) >= PRUNED else None
+
 
 def group_grids(weight: Tensor, number_format: IntegerFormat, *, mse: bool) -> Grid:
     """One grid for each group of columns of a weight [N, K]: scale and zero [N, G]."""

@@ -1,31 +1,22 @@
 """The quantized artifact: its tensors, its configs, and the proof that it is what was computed."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from infopt.core.artifact.read import Artifact, read_artifact
+from infopt.core.artifact.read import Artifact
 from infopt.core.artifact.tables import quantization_table
 from infopt.core.artifact.write import write_artifact
-from infopt.core.compression.walk import Walk
-from infopt.core.errors import NumericsError
-from infopt.core.files import directory_atomically
-from infopt.core.quantization.checkpoint import Checkpoint
 from infopt.core.quantization.job import Job
+from infopt.core.quantization.made import LayerCheckpoint
 from infopt.core.recipe.quantize import QuantizeSettings
 from infopt.core.recipe.recipe import Recipe, Step, dump_recipe
 
-TOLERANCE = 1e-4
-"""Largest difference of a logit; the same arithmetic on the same weights leaves none."""
 
-
-def stage_artifact(job: Job, checkpoint: Checkpoint) -> Artifact:
+def stage_artifact(job: Job, checkpoint: LayerCheckpoint) -> Artifact:
     """Write the quantized artifact into the folder of the unfinished work."""
     config = _config(job)
     extra = {"recipe.yaml": recipe_text(job)}
@@ -45,40 +36,6 @@ def recipe_text(job: Job) -> str:
     """The recipe that makes this artifact again."""
     step = Step(verb="quantize", settings=job.settings)
     return dump_recipe(Recipe(name="quantize", steps=(step,)))
-
-
-def publish(staged: Artifact, output: Path, *, replace: bool) -> Artifact:
-    """Give the staged artifact its name; what was staged stays whole until the work is discarded.
-
-    Files are linked, not copied, where the file system can.
-    """
-    with directory_atomically(output, replace=replace) as folder:
-        for file in sorted(staged.path.iterdir()):
-            try:
-                os.link(file, folder / file.name)
-            except OSError:
-                shutil.copy2(file, folder / file.name)
-    return read_artifact(output)
-
-
-def compare_with_disk(job: Job, staged: Artifact, probe: Tensor, expected: Tensor) -> float:
-    """The largest difference of the probe's logits, by a walk through the artifact from disk.
-
-    Raises NumericsError if it exceeds TOLERANCE. One block is in memory at a time.
-    """
-    walk = Walk(staged, probe, (), job.dtype, job.device)
-    walk.start()
-    for _ in walk.names:
-        walk.load()
-        walk.advance()
-    difference = float((walk.probe_logits().float() - expected.float()).abs().max())
-    if not difference <= TOLERANCE:
-        raise NumericsError(
-            "the artifact read back from disk computes other logits than its weights did in "
-            f"memory: they differ by {difference:.3g}",
-            "this is a bug of infopt or a fault of the machine; nothing was kept of the artifact",
-        )
-    return difference
 
 
 def _config(job: Job) -> dict[str, Any]:
@@ -114,7 +71,7 @@ def _meta(settings: QuantizeSettings) -> dict[str, Any]:
     return meta
 
 
-def _tensors(job: Job, checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+def _tensors(job: Job, checkpoint: LayerCheckpoint) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the new artifact, one at a time: dense ones as they were stored."""
     made = set(checkpoint.names())
     replaced = set(job.stored) if job.schemes else set()

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 
 from infopt.core.artifact.read import Artifact
+from infopt.core.compression.calibration import BATCH_TOKENS, keep_bytes
 from infopt.core.errors import ResourceError
 from infopt.core.files import require_disk
 from infopt.core.hardware.probe import probe
-from infopt.core.quantization.job import BATCH_TOKENS, Job, keep_bytes, resolve_job
+from infopt.core.quantization.job import Job, resolve_job
 from infopt.core.quantization.mixed import SENSITIVITY_TOKENS
 from infopt.core.quantization.qat import qat_memory
 from infopt.core.quantization.trained import BATCH_TOKENS as TRAINING_TOKENS

@@ -20,21 +20,16 @@ from transformers import PreTrainedModel
 
 from infopt.core.artifact.read import Artifact
 from infopt.core.compression.calibration import token_hash
-from infopt.core.compression.training import (
-    TrainingState,
-    cosine_rate,
-    distillation_loss,
-    load_state,
-    save_state,
-    windows_of_step,
-)
 from infopt.core.errors import NumericsError, UnsupportedError, UsageError
 from infopt.core.formats.number import IntegerFormat, QuantizedWeight
 from infopt.core.models.hf import load_transformers
 from infopt.core.progress import Progress, ProgressCallback, silent
 from infopt.core.quantization.grid import Grid
-from infopt.core.quantization.nearest import as_quantized, group_grids, quantize_nearest
+from infopt.core.quantization.nearest import as_quantized, group_grids, held_zeros, quantize_nearest
 from infopt.core.quantization.straight_through import from_steps, step_codes, storable_through
+from infopt.core.training.distillation import distillation_loss
+from infopt.core.training.schedule import cosine_rate, windows_of_step
+from infopt.core.training.state import TrainingState, load_state, save_state
 
 _BETAS = (0.9, 0.95)
 _EPSILON = 1e-12
@@ -144,6 +139,7 @@ class _Layer:
         self, weight: Tensor, form: IntegerFormat, start: QuantizedWeight | None, pull: float
     ) -> None:
         original = weight.detach().to(torch.float32)
+        self._held = held_zeros(original)
         if start is None:
             start = quantize_nearest(original, form, group_grids(original, form, mse=True))
         self.form = form
@@ -163,9 +159,12 @@ class _Layer:
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Keep the steps in the cells of codes that exist, so that each can turn back at once."""
+        """Keep the steps in the cells of codes that exist, so that each can turn back at once, and
+        the zeros of a pruned weight."""
         low = (-self.zero - 0.5).unsqueeze(-1)
         self.steps.view(*self.base.shape, -1).clamp_(low, low + self.form.max_code + 1)
+        if self._held is not None:
+            self.steps.masked_fill_(self._held, 0.0)
 
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:

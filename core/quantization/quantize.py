@@ -11,16 +11,16 @@ from torch import Tensor
 from infopt.core.artifact.quantized import stored_names
 from infopt.core.artifact.read import Artifact
 from infopt.core.compression.calibration import calibration_tokens, token_hash
+from infopt.core.compression.checkpoint import open_checkpoint
+from infopt.core.compression.output import publish
 from infopt.core.errors import GateError, NumericsError
 from infopt.core.files import check_output
 from infopt.core.formats.number import IntegerFormat
 from infopt.core.hardware.probe import peak_memory
 from infopt.core.progress import Progress, ProgressCallback, silent
-from infopt.core.quantization.checkpoint import Checkpoint, open_checkpoint
 from infopt.core.quantization.job import Job, resolve_job
-from infopt.core.quantization.made import Made
+from infopt.core.quantization.made import LayerCheckpoint, Made
 from infopt.core.quantization.mixed import make_mixed, sensitivity_tokens
-from infopt.core.quantization.output import publish
 from infopt.core.quantization.plan import check_disk, check_memory
 from infopt.core.quantization.rotate import check_rotatable
 from infopt.core.quantization.rotated import make_rotated, rotated_job
@@ -74,7 +74,9 @@ def quantize(
         check_rotatable(artifact)
     tokens = calibration_tokens(artifact, settings.calibration, settings.seed)
     identity = job.identity(token_hash(tokens))
-    with open_checkpoint(output, identity, resume=resume, replace=replace) as checkpoint:
+    with open_checkpoint(
+        output, identity, LayerError, resume=resume, replace=replace
+    ) as checkpoint:
         resumed = checkpoint.finished
         try:
             _check_weights(job, progress)
@@ -111,7 +113,9 @@ def quantize(
     )
 
 
-def _make(job: Job, tokens: Tensor, checkpoint: Checkpoint, progress: ProgressCallback) -> Made:
+def _make(
+    job: Job, tokens: Tensor, checkpoint: LayerCheckpoint, progress: ProgressCallback
+) -> Made:
     """Stage the artifact in the way that method and scheme ask for."""
     settings = job.settings
     told: tuple[str, ...] = ()

@@ -2,14 +2,13 @@
 
 from infopt.core.artifact.read import Artifact, read_artifact
 from infopt.core.progress import ProgressCallback
-from infopt.core.quantization.checkpoint import Checkpoint
 from infopt.core.quantization.job import Job, resolve_job
-from infopt.core.quantization.made import Made
+from infopt.core.quantization.made import LayerCheckpoint, Made
 from infopt.core.quantization.output import recipe_text
 from infopt.core.quantization.rotate import rotate
 
 
-def make_rotated(job: Job, checkpoint: Checkpoint, progress: ProgressCallback) -> Made:
+def make_rotated(job: Job, checkpoint: LayerCheckpoint, progress: ProgressCallback) -> Made:
     """The rotated model itself, dense: it computes what the original does."""
     found = rotate(
         job.artifact,
@@ -23,7 +22,7 @@ def make_rotated(job: Job, checkpoint: Checkpoint, progress: ProgressCallback) -
 
 
 def rotated_job(
-    job: Job, checkpoint: Checkpoint, progress: ProgressCallback
+    job: Job, checkpoint: LayerCheckpoint, progress: ProgressCallback
 ) -> tuple[Job, tuple[str, ...]]:
     """The same job on the rotated model, a stage that `resume` keeps; and what is to be told."""
     place = checkpoint.stage("rotated")

@@ -8,15 +8,16 @@ from torch import Tensor
 
 from infopt.core.artifact.quantized import linear_weight
 from infopt.core.artifact.read import read_artifact
+from infopt.core.compression.checkpoint import open_checkpoint
+from infopt.core.compression.output import compare_with_disk, publish
 from infopt.core.formats.number import IntegerFormat, QuantizedWeight
 from infopt.core.models.conv1d import is_transposed
 from infopt.core.models.hf import load_transformers, resolve, skeleton
 from infopt.core.progress import Progress, ProgressCallback
 from infopt.core.quantization.block import encoded, stored_tensor
-from infopt.core.quantization.checkpoint import Checkpoint, open_checkpoint
 from infopt.core.quantization.job import Job
-from infopt.core.quantization.made import PROBE_TOKENS, Made
-from infopt.core.quantization.output import compare_with_disk, publish, stage_artifact
+from infopt.core.quantization.made import PROBE_TOKENS, LayerCheckpoint, Made
+from infopt.core.quantization.output import stage_artifact
 from infopt.core.quantization.qat import QatResult, QatSettings, train
 from infopt.core.quantization.rounding import Layer, report_rounded
 from infopt.core.quantization.walked import make_walked
@@ -27,7 +28,7 @@ BATCH_TOKENS = 1024
 
 
 def make_trained(
-    job: Job, tokens: Tensor, checkpoint: Checkpoint, progress: ProgressCallback
+    job: Job, tokens: Tensor, checkpoint: LayerCheckpoint, progress: ProgressCallback
 ) -> Made:
     """Train from GPTQ's codes; both stages are kept by `resume`, the training by its steps."""
     initial = _initial(job, tokens, checkpoint, progress)
@@ -61,12 +62,13 @@ def make_trained(
     staged = stage_artifact(job, checkpoint)
     progress(Progress("comparing with what was written"))
     shown = tokens[:1, :PROBE_TOKENS]
-    difference = compare_with_disk(job, staged, shown, _logits(job, trained, shown))
+    expected = _logits(job, trained, shown)
+    difference = compare_with_disk(staged, shown, expected, job.dtype, job.device)
     return Made(staged, job, tuple(checkpoint.rows), difference)
 
 
 def _initial(
-    job: Job, tokens: Tensor, checkpoint: Checkpoint, progress: ProgressCallback
+    job: Job, tokens: Tensor, checkpoint: LayerCheckpoint, progress: ProgressCallback
 ) -> dict[str, QuantizedWeight]:
     """GPTQ's codes of every target, from a stage of its own."""
     place = checkpoint.stage("gptq")
@@ -74,7 +76,7 @@ def _initial(
         settings = job.settings.model_copy(update={"method": "gptq", "format": "gptq"})
         first = replace(job, settings=settings)
         identity = first.identity("of the stage")
-        with open_checkpoint(place, identity, resume=True, replace=False) as own:
+        with open_checkpoint(place, identity, LayerError, resume=True, replace=False) as own:
             made = make_walked(first, tokens, own, progress)
             publish(made.staged, place, replace=False)
             own.discard()
@@ -87,7 +89,7 @@ def _initial(
     return found
 
 
-def _commit(job: Job, trained: QatResult, checkpoint: Checkpoint, seconds: float) -> None:
+def _commit(job: Job, trained: QatResult, checkpoint: LayerCheckpoint, seconds: float) -> None:
     """Make the trained blocks durable; what lies outside of them goes with the last.
 
     `seconds` were spent on all layers together.

@@ -2,19 +2,19 @@
 
 from torch import Tensor
 
-from infopt.core.compression.calibration import batches
+from infopt.core.compression.calibration import BATCH_TOKENS, batches, keep_bytes
+from infopt.core.compression.output import compare_with_disk
 from infopt.core.compression.walk import Walk
 from infopt.core.models.experts import Calibration
 from infopt.core.progress import Progress, ProgressCallback
 from infopt.core.quantization.block import quantize_block
-from infopt.core.quantization.checkpoint import Checkpoint
-from infopt.core.quantization.job import BATCH_TOKENS, Job, keep_bytes
-from infopt.core.quantization.made import PROBE_TOKENS, Made
-from infopt.core.quantization.output import compare_with_disk, stage_artifact
+from infopt.core.quantization.job import Job
+from infopt.core.quantization.made import PROBE_TOKENS, LayerCheckpoint, Made
+from infopt.core.quantization.output import stage_artifact
 
 
 def make_walked(
-    job: Job, tokens: Tensor, checkpoint: Checkpoint, progress: ProgressCallback
+    job: Job, tokens: Tensor, checkpoint: LayerCheckpoint, progress: ProgressCallback
 ) -> Made:
     """Quantize every block that is not finished yet, and stage the artifact."""
     shown = tokens[:1, :PROBE_TOKENS]
@@ -22,12 +22,12 @@ def make_walked(
     progress(Progress("writing"))
     staged = stage_artifact(job, checkpoint)
     progress(Progress("comparing with what was written"))
-    difference = compare_with_disk(job, staged, shown, expected)
+    difference = compare_with_disk(staged, shown, expected, job.dtype, job.device)
     return Made(staged, job, tuple(checkpoint.rows), difference)
 
 
 def _walk(
-    job: Job, tokens: Tensor, shown: Tensor, checkpoint: Checkpoint, progress: ProgressCallback
+    job: Job, tokens: Tensor, shown: Tensor, checkpoint: LayerCheckpoint, progress: ProgressCallback
 ) -> Tensor:
     """Quantize the blocks that are not finished yet; returns the probe's logits at the end."""
     data = batches(tokens, BATCH_TOKENS) if job.calibrates else ()

@@ -5,16 +5,10 @@ from typing import Literal, Protocol
 
 from infopt.core.errors import RecipeError
 
-Kind = Literal["rotate", "smooth", "prune", "distill", "quantize"]
-"""What a step does to weights."""
+Kind = Literal["rotate", "smooth", "prune", "cut", "join", "distill", "quantize"]
+"""What a step does to weights: `prune` makes zeros, `cut` a smaller model, `join` fewer heads."""
 
 _TRANSFORMS: dict[str, Kind] = {"rotate": "rotate", "smoothquant": "smooth"}
-_VERBS: dict[str, Kind] = {
-    "prune": "prune",
-    "distill": "distill",
-    "finetune": "distill",
-    "retrain": "distill",
-}
 _CODES = "quantized weights are codes and scales, which {} would have to round anew"
 _LOST: dict[tuple[Kind, Kind], str] = {
     ("quantize", "quantize"): _CODES.format("a second rounding"),
@@ -22,11 +16,16 @@ _LOST: dict[tuple[Kind, Kind], str] = {
     ("quantize", "smooth"): _CODES.format("smoothing"),
     ("quantize", "rotate"): _CODES.format("a rotation"),
     ("quantize", "distill"): _CODES.format("training"),
+    ("quantize", "cut"): _CODES.format("cutting"),
+    ("quantize", "join"): _CODES.format("joining heads"),
+    ("prune", "join"): "joined heads are means of others, so that zeros are lost",
     ("prune", "rotate"): "a rotation mixes the columns of a weight, so that its zeros are lost",
     ("smooth", "rotate"): "a rotation folds the norms into the weights, which undoes the smoothing",
 }
 """(earlier, later) on the way of one model: what the later would destroy."""
-_ORDER = "the order is: rotate, then smooth, then prune, then distill, then quantize"
+_ORDER = (
+    "the order is: rotate, then smooth, then cut or join, then prune, then distill, then quantize"
+)
 
 _Done = tuple[tuple[int, Kind], ...]
 
@@ -47,13 +46,24 @@ class OrderedStep(Protocol):
 def kinds(step: OrderedStep) -> tuple[Kind, ...]:
     """What a step does to weights, in its order; nothing where it only reads them.
 
-    `quantize` with the method rotate or smoothquant does that first, and with the scheme W16A16
-    nothing else.
+    `prune` makes zeros, or with sizes a smaller model; `convert` with heads joins them, and
+    `distill` with Medusa heads leaves the model as it is. `quantize` with the method rotate or
+    smoothquant does that first, and with the scheme W16A16 nothing else.
     """
-    if step.verb in _VERBS:
-        return (_VERBS[step.verb],)
-    if step.verb != "quantize":
-        return ()
+    match step.verb:
+        case "prune":
+            structured = getattr(step.settings, "method", None) == "structured"
+            return ("cut",) if structured else ("prune",)
+        case "distill":
+            return () if getattr(step.settings, "medusa_heads", None) else ("distill",)
+        case "convert":
+            return ("join",) if hasattr(step.settings, "kv_heads") else ()
+        case "quantize":
+            return _quantizing(step)
+    return ()
+
+
+def _quantizing(step: OrderedStep) -> tuple[Kind, ...]:
     transform = _TRANSFORMS.get(str(getattr(step.settings, "method", None)))
     if transform is None:
         return ("quantize",)

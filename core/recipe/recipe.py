@@ -12,22 +12,33 @@ from infopt.core.errors import RecipeError
 from infopt.core.recipe.base import Settings, nearest, validated
 from infopt.core.recipe.bench import BenchSettings
 from infopt.core.recipe.convert import ConvertSettings
+from infopt.core.recipe.distill import DistillSettings
 from infopt.core.recipe.evaluate import EvaluateSettings
+from infopt.core.recipe.kv_heads import KvHeadsSettings
 from infopt.core.recipe.order import check_order
 from infopt.core.recipe.profile import ProfileSettings
+from infopt.core.recipe.prune import PruneSettings
 from infopt.core.recipe.quantize import QuantizeSettings
 from infopt.core.recipe.serve import ServeSettings
 
 VERBS: dict[str, type[Settings]] = {
     "quantize": QuantizeSettings,
+    "prune": PruneSettings,
+    "distill": DistillSettings,
     "convert": ConvertSettings,
     "evaluate": EvaluateSettings,
     "profile": ProfileSettings,
     "serve": ServeSettings,
     "bench": BenchSettings,
 }
-WRITING = frozenset({"quantize", "convert"})
+WRITING = frozenset({"quantize", "prune", "distill", "convert"})
 """The verbs that write an artifact, and so can be given an `output`."""
+
+
+def settings_of(verb: str, values: Mapping[str, Any]) -> type[Settings]:
+    """The settings that a verb's values are read into: `convert` with `kv_heads` changes the model,
+    without them its checkpoint format."""
+    return KvHeadsSettings if verb == "convert" and "kv_heads" in values else VERBS[verb]
 
 
 def _component(name: str) -> str:
@@ -152,7 +163,7 @@ def _parse_step(step: object, where: str) -> Step:
     values: dict[str, Any] = dict(body)
     keys = _step_keys(str(verb))
     artifact = {key: values.pop(key) for key in keys if key in values}
-    settings = validated(VERBS[verb], values, f"{where} ({verb})")
+    settings = validated(settings_of(str(verb), values), values, f"{where} ({verb})")
     return validated(Step, {"verb": verb, "settings": settings, **artifact}, f"{where} ({verb})")
 
 

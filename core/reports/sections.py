@@ -6,7 +6,10 @@ from typing import Any
 
 from infopt.core.reports import figures
 from infopt.core.reports.artifacts import artifact_blocks
+from infopt.core.reports.distill import DistillReport
 from infopt.core.reports.evaluate import EvaluateReport
+from infopt.core.reports.kv_heads import KvHeadsReport
+from infopt.core.reports.medusa import MedusaReport
 from infopt.core.reports.page import (
     Block,
     Cell,
@@ -17,6 +20,8 @@ from infopt.core.reports.page import (
     Section,
     Table,
 )
+from infopt.core.reports.provenance import origin
+from infopt.core.reports.prune import PruneReport
 from infopt.core.reports.quantize import (
     Allocation,
     LayerError,
@@ -25,7 +30,13 @@ from infopt.core.reports.quantize import (
     SensitivityRow,
 )
 from infopt.core.reports.run import RunReport
-from infopt.core.reports.schema import Origin, Report
+from infopt.core.reports.schema import Report
+from infopt.core.reports.trained import (
+    distill_sections,
+    kv_heads_sections,
+    medusa_sections,
+    prune_sections,
+)
 from infopt.core.reports.words import number, seconds, size
 
 _HEAD = {"schema_version", "command", "model", "provenance", "warnings", "made"}
@@ -36,6 +47,10 @@ def title(report: Report) -> str:
     match report:
         case QuantizeReport():
             return f"Quantized: {report.output.rpartition('/')[2]}"
+        case PruneReport():
+            return f"Pruned: {report.output.rpartition('/')[2]}"
+        case DistillReport():
+            return f"Distilled: {report.output.rpartition('/')[2]}"
         case SensitivityReport():
             return f"Sensitivity of {_name(report)}"
         case EvaluateReport():
@@ -50,6 +65,14 @@ def sections(report: Report) -> tuple[Section, ...]:
     match report:
         case QuantizeReport():
             return _quantize(report)
+        case PruneReport():
+            return prune_sections(report)
+        case DistillReport():
+            return distill_sections(report)
+        case MedusaReport():
+            return medusa_sections(report)
+        case KvHeadsReport():
+            return kv_heads_sections(report)
         case SensitivityReport():
             return _sensitivity(report)
         case EvaluateReport():
@@ -268,16 +291,6 @@ def _flat(value: Any, key: str) -> list[tuple[str, str]]:
         case float():
             return [(key, number(value, ".6g"))]
     return [(key, str(value))]
-
-
-def origin(report: Report, key: str) -> Origin | None:
-    """Where the number at a dotted path comes from: its own entry, else that of a prefix."""
-    while key:
-        found = report.provenance.get(key)
-        if found is not None:
-            return found
-        key = key.rpartition(".")[0]
-    return None
 
 
 def _name(report: Report) -> str:

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from infopt.core.compression.factor import inverse_factor
 from infopt.core.compression.statistics import relative_error
 from infopt.core.formats.number import IntegerFormat, QuantizedWeight
-from infopt.core.quantization.gptq import GptqResult, gptq, inverse_factor
+from infopt.core.quantization.gptq import GptqResult, gptq
 from infopt.core.quantization.nearest import group_grids, quantize_nearest
 
 FORMATS = [
@@ -184,3 +185,22 @@ def test_no_input_at_all_is_told() -> None:
     result = run(weight, torch.zeros(64, 64), number_format)
     assert result.fallback is not None and "no input" in result.fallback
     assert torch.equal(result.weight.codes, rounded(weight, number_format).codes)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_zeros_of_a_pruned_weight_stay(act_order: bool, symmetric: bool) -> None:
+    """2 of every 4 weights are gone: their codes stay those of 0, and the others make up for it."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 64, generator=generator)
+    inputs = torch.randn(256, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+    hessian = 2 * inputs.T @ inputs / 256
+    small = weight.view(16, 16, 4).abs().topk(2, largest=False).indices
+    weight = weight.view(16, 16, 4).scatter(-1, small, 0.0).view(16, 64)
+    form = IntegerFormat(4, symmetric, 32)
+    found = gptq(weight, hessian, form, group_grids(weight, form, mse=True), act_order=act_order)
+    kept = found.weight.dequantize()
+    assert bool((kept[weight == 0] == 0).all())
+    nearest = quantize_nearest(weight, form, group_grids(weight, form, mse=True)).dequantize()
+    losses = [float(((weight - q) @ hessian * (weight - q)).sum()) for q in (kept, nearest)]
+    assert losses[0] < losses[1]

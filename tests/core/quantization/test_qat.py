@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from infopt.core.artifact.read import Artifact
-from infopt.core.compression.training import distillation_loss
 from infopt.core.errors import NumericsError, ResumeError, UnsupportedError, UsageError
 from infopt.core.formats.number import IntegerFormat, QuantizedWeight
 from infopt.core.models.hf import load_transformers
@@ -18,6 +17,7 @@ from infopt.core.quantization import qat
 from infopt.core.quantization.gptq import gptq
 from infopt.core.quantization.nearest import group_grids, quantize_nearest
 from infopt.core.quantization.qat import QatResult, QatSettings, qat_memory, train
+from infopt.core.training.distillation import distillation_loss
 
 CPU = torch.device("cpu")
 FORM = IntegerFormat(2, False, 32)

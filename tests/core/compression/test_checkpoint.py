@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from infopt.core.compression.checkpoint import open_checkpoint
 from infopt.core.errors import ResumeError, UsageError
-from infopt.core.quantization.checkpoint import open_checkpoint
 from infopt.core.reports.quantize import LayerError
 
 IDENTITY = {"model": "a", "setting bits": "4"}
@@ -15,7 +15,7 @@ def row(name: str) -> LayerError:
 
 
 def begin(output: Path, blocks: int) -> None:
-    with open_checkpoint(output, IDENTITY, resume=False, replace=False) as checkpoint:
+    with open_checkpoint(output, IDENTITY, LayerError, resume=False, replace=False) as checkpoint:
         for index in range(blocks):
             hidden = [torch.full((2, 3), float(index)), torch.zeros(1, 3)]
             checkpoint.commit({f"layer{index}.x": torch.arange(4)}, [row(f"layer{index}")], hidden)
@@ -23,7 +23,9 @@ def begin(output: Path, blocks: int) -> None:
 
 def test_finished_blocks_come_back(tmp_path: Path) -> None:
     begin(tmp_path / "out", 3)
-    with open_checkpoint(tmp_path / "out", IDENTITY, resume=True, replace=False) as checkpoint:
+    with open_checkpoint(
+        tmp_path / "out", IDENTITY, LayerError, resume=True, replace=False
+    ) as checkpoint:
         assert checkpoint.finished == 3
         assert [r.name for r in checkpoint.rows] == ["layer0", "layer1", "layer2"]
         assert torch.equal(checkpoint.tensor("layer1.x"), torch.arange(4))
@@ -43,7 +45,7 @@ def test_work_without_a_finished_block_leaves_nothing(tmp_path: Path) -> None:
 def test_a_crash_before_the_pointer_moves_leaves_the_state_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from infopt.core.quantization import checkpoint as module
+    from infopt.core.compression import checkpoint as module
 
     begin(tmp_path / "out", 1)
     plain = module.write_atomically
@@ -56,11 +58,15 @@ def test_a_crash_before_the_pointer_moves_leaves_the_state_before(
     monkeypatch.setattr(module, "write_atomically", failing)
     with (
         pytest.raises(OSError, match="power"),
-        open_checkpoint(tmp_path / "out", IDENTITY, resume=True, replace=False) as checkpoint,
+        open_checkpoint(
+            tmp_path / "out", IDENTITY, LayerError, resume=True, replace=False
+        ) as checkpoint,
     ):
         checkpoint.commit({"layer1.x": torch.ones(1)}, [row("layer1")], [torch.ones(1, 3)])
     monkeypatch.undo()
-    with open_checkpoint(tmp_path / "out", IDENTITY, resume=True, replace=False) as checkpoint:
+    with open_checkpoint(
+        tmp_path / "out", IDENTITY, LayerError, resume=True, replace=False
+    ) as checkpoint:
         assert checkpoint.finished == 1 and len(checkpoint.rows) == 1
         assert [tuple(part.shape) for part in checkpoint.hidden()] == [(2, 3), (1, 3)]
 
@@ -70,16 +76,18 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
     for changed in ({"model": "b"}, {"setting bits": "3"}, {"new": "key"}):
         with (
             pytest.raises(ResumeError, match=next(iter(changed))),
-            open_checkpoint(tmp_path / "out", IDENTITY | changed, resume=True, replace=True),
+            open_checkpoint(
+                tmp_path / "out", IDENTITY | changed, LayerError, resume=True, replace=True
+            ),
         ):
             pass
 
 
 def test_the_lock_keeps_a_second_away(tmp_path: Path) -> None:
     with (
-        open_checkpoint(tmp_path / "out", IDENTITY, resume=False, replace=False),
+        open_checkpoint(tmp_path / "out", IDENTITY, LayerError, resume=False, replace=False),
         pytest.raises(UsageError, match="another infopt"),
-        open_checkpoint(tmp_path / "out", IDENTITY, resume=False, replace=True),
+        open_checkpoint(tmp_path / "out", IDENTITY, LayerError, resume=False, replace=True),
     ):
         pass
 
@@ -91,7 +99,7 @@ def test_damage_is_told(tmp_path: Path, victim: str) -> None:
     file.write_bytes(file.read_bytes()[:-3])
     with (
         pytest.raises(ResumeError, match="damaged"),
-        open_checkpoint(tmp_path / "out", IDENTITY, resume=True, replace=False),
+        open_checkpoint(tmp_path / "out", IDENTITY, LayerError, resume=True, replace=False),
     ):
         pass
 
@@ -100,10 +108,12 @@ def test_discarding_asks_for_replace(tmp_path: Path) -> None:
     begin(tmp_path / "out", 2)
     with (
         pytest.raises(ResumeError, match="unfinished"),
-        open_checkpoint(tmp_path / "out", IDENTITY, resume=False, replace=False),
+        open_checkpoint(tmp_path / "out", IDENTITY, LayerError, resume=False, replace=False),
     ):
         pass
-    with open_checkpoint(tmp_path / "out", IDENTITY, resume=False, replace=True) as checkpoint:
+    with open_checkpoint(
+        tmp_path / "out", IDENTITY, LayerError, resume=False, replace=True
+    ) as checkpoint:
         assert checkpoint.finished == 0
         assert sorted(path.name for path in checkpoint.folder.iterdir()) == [
             "identity.json",

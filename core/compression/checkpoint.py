@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from safetensors import safe_open
 from safetensors.torch import load, save
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from infopt.core.errors import ResumeError, UsageError
 from infopt.core.files import disk_faults, sha256, write_atomically
-from infopt.core.reports.quantize import LayerError
+from infopt.core.reports.schema import Record
 
 _CURRENT = "CURRENT"
 _IDENTITY = "identity.json"
@@ -30,18 +30,23 @@ _STAGES = "STAGES"
 _LOCK = "lock"
 
 
-class Checkpoint:
-    """The finished blocks of one quantization."""
+Row = TypeVar("Row", bound=Record)
+"""What is reported of a layer."""
 
-    def __init__(self, folder: Path) -> None:
+
+class Checkpoint(Generic[Row]):
+    """The finished blocks of one compression, their tensors and their rows of the report."""
+
+    def __init__(self, folder: Path, kind: type[Row]) -> None:
         self.folder = folder
+        self._kind = kind
         self.finished = 0
         self._digests: dict[str, str] = {}
         self._files: dict[str, Path] = {}
-        self.rows: list[LayerError] = []
+        self.rows: list[Row] = []
 
     def commit(
-        self, tensors: Mapping[str, Tensor], rows: Sequence[LayerError], hidden: Sequence[Tensor]
+        self, tensors: Mapping[str, Tensor], rows: Sequence[Row], hidden: Sequence[Tensor]
     ) -> None:
         """Make one more finished block durable; `hidden` are the inputs of the next."""
         old = [name for name in self._digests if name.startswith("hidden-")]
@@ -107,7 +112,7 @@ class Checkpoint:
                     raise _damaged(self.folder / name)
             for index in range(state["finished"]):
                 rows = json.loads((self.folder / _rows_file(index)).read_text())
-                self.rows.extend(LayerError.model_validate(row) for row in rows)
+                self.rows.extend(self._kind.model_validate(row) for row in rows)
                 with safe_open(self.folder / _block_file(index), framework="pt") as stream:
                     names = list(stream.keys())
                 self._files.update(dict.fromkeys(names, self.folder / _block_file(index)))
@@ -142,8 +147,8 @@ class Checkpoint:
 
 @contextmanager
 def open_checkpoint(
-    output: Path, identity: Mapping[str, str], *, resume: bool, replace: bool
-) -> Iterator[Checkpoint]:
+    output: Path, identity: Mapping[str, str], kind: type[Row], *, resume: bool, replace: bool
+) -> Iterator[Checkpoint[Row]]:
     """The work towards `output`, new or taken up, held against other processes.
 
     Raises ResumeError where unfinished work is there and `resume` is not asked for (`replace`
@@ -151,7 +156,7 @@ def open_checkpoint(
     """
     folder = output.parent / f".{output.name}.infopt-partial"
     with _held(folder):
-        checkpoint = Checkpoint(folder)
+        checkpoint = Checkpoint(folder, kind)
         unfinished = _unfinished(folder)
         if unfinished and resume:
             _require_same(folder, identity)

@@ -1,0 +1,1 @@
+"""Distillation: a student learns a teacher's predictions; heads learn to guess ahead."""

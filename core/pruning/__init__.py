@@ -1,0 +1,1 @@
+"""Pruning: which weights, channels, heads and blocks a model can do without."""
