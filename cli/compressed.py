@@ -31,7 +31,7 @@ def prune_rows(report: PruneReport) -> list[Row]:
         rows.append(
             (
                 "retrained",
-                f"{told.steps} steps, {told.tokens} tokens from the {told.source} in "
+                f"{told.steps} steps, {told.tokens} tokens from the {told.source_words} in "
                 f"{seconds(told.seconds)}"
                 + ("" if share is None else f"; {share:.0%} of the lost nats came back"),
             )

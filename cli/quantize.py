@@ -14,6 +14,7 @@ from infopt.cli.words import (
     GroupSize,
     KvCache,
     Method,
+    OffloadWord,
     Rounding,
     Scheme,
 )
@@ -204,6 +205,14 @@ def quantize(
     samples: opt.Samples = None,
     sequence_length: opt.SequenceLength = None,
     chat: opt.Chat = None,
+    offload: Annotated[
+        OffloadWord | None,
+        typer.Option(
+            "--offload",
+            help="Where the text's hidden states are kept; auto: on disk if memory is short.",
+            show_default="auto",
+        ),
+    ] = None,
     ignore: Annotated[
         list[str] | None,
         typer.Option(
@@ -265,6 +274,7 @@ def quantize(
         "steps": steps,
         "learning_rate": learning_rate,
         "calibrate_all_experts": all_experts,
+        "offload": offload,
         "ignore": tuple(ignore) if ignore else None,
         "calibration": {key: value for key, value in calibrating.items() if value is not None}
         or None,

@@ -68,6 +68,12 @@ class KvCache(StrEnum):
     fp8 = "fp8"
 
 
+class OffloadWord(StrEnum):
+    auto = "auto"
+    memory = "memory"
+    disk = "disk"
+
+
 class Format(StrEnum):
     gptq = "gptq"
     awq = "awq"

@@ -5,6 +5,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from infopt.core.artifact.positions import check_length
 from infopt.core.artifact.read import Artifact
 from infopt.core.hardware.probe import probe
 from infopt.core.recipe.text import CalibrationSettings
@@ -17,7 +18,11 @@ _KEPT_SHARE = 0.25
 
 
 def calibration_tokens(artifact: Artifact, settings: CalibrationSettings, seed: int) -> Tensor:
-    """Windows of the calibration text, int64 [samples, sequence_length]."""
+    """Windows of the calibration text, int64 [samples, sequence_length].
+
+    Raises UsageError for windows longer than the model knows, or a text that is too short.
+    """
+    check_length(artifact, settings.sequence_length)
     return token_windows(
         calibration_text(settings.text),
         artifact.tokenizer(),

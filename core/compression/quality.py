@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infopt.core.artifact.positions import known_positions
 from infopt.core.artifact.read import Artifact
 from infopt.core.errors import NumericsError
 from infopt.core.models.hf import load_transformers
@@ -21,10 +22,14 @@ def held_out(artifact: Artifact) -> Tensor:
 
 @torch.inference_mode()
 def mean_nll(artifact: Artifact, stream: Tensor, dtype: torch.dtype, device: torch.device) -> float:
-    """Nats a token over windows of 1,024 tokens of `stream` [n], the first of each not scored."""
+    """Nats a token over windows of `stream` [n], the first of each not scored.
+
+    Windows are of 1,024 tokens, or of as many as the model knows positions.
+    """
     model = load_transformers(artifact, dtype, device)
+    context = min(_CONTEXT, known_positions(artifact) or _CONTEXT)
     total, scored = 0.0, 0
-    for window in torch.split(stream.to(device), _CONTEXT):
+    for window in torch.split(stream.to(device), context):
         if len(window) < 2:
             continue
         logits = model(input_ids=window[None, :-1], use_cache=False).logits[0].float()

@@ -80,7 +80,13 @@ class KvJob:
 
     def kv_bytes(self, heads: int) -> int:
         """Keys and values of a token over all layers, in the dtype of the weights."""
-        stored = self.artifact.dtype(self.parts[0].stored) if self.parts else "bfloat16"
+        headers = self.artifact.headers
+        # Without parts, one head stays one: the largest tensor speaks for the others.
+        stored = (
+            headers[self.parts[0].stored]
+            if self.parts
+            else max(headers.values(), key=lambda header: header.numel)
+        ).dtype
         width: int = getattr(torch, stored).itemsize
         return 2 * self.layers * heads * self.head_dim * width
 

@@ -165,7 +165,10 @@ def _learn(
     stage: Stage,
     progress: ProgressCallback,
 ) -> tuple[PreTrainedModel, TrainResult]:
-    """Train the student; a state that an interrupted training left is gone on from."""
+    """Train the student; a state that an interrupted training left is gone on from.
+
+    What was pruned of it stays zero.
+    """
     settings = job.settings
     model = load_transformers(ready.student, torch.float32, job.device)
     if settings.attention_weight:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from infopt.core.artifact.heads import HeadsShape, MedusaHeads, write_heads
+from infopt.core.artifact.positions import check_length
 from infopt.core.artifact.read import Artifact
 from infopt.core.artifact.write import keep_the_source
 from infopt.core.compression.checkpoint import open_checkpoint
@@ -67,8 +68,9 @@ def make_heads(
     They learn the model's own greedy tokens on the text of the training, or the text's, and are
     measured as they are written, on the text for evaluation. After an interrupt or a kill `resume`
     goes on at the last state. The report's `made` is for the caller. Raises UsageError (output,
-    windows too short for the heads, several processes), UnsupportedError (a model whose logits are not its lm_head's),
-    ResumeError (unfinished work), NumericsError (the loss is not finite), ResourceError (disk).
+    windows too short for the heads, several processes), UnsupportedError (a model whose logits are
+    not its lm_head's), ResumeError (unfinished work), NumericsError (the loss is not finite),
+    ResourceError (disk).
     """
     started = time.monotonic()
     output = output.expanduser().absolute()
@@ -85,22 +87,10 @@ def make_heads(
         output, identity, HeadAccuracy, resume=resume, replace=replace
     ) as checkpoint:
         progress(Progress("loading"))
-        base = Backbone(load_transformers(artifact, dtype, device))
-        learner = HeadsLearner(
-            base, shape.heads, shape.layers, own=not shape.shared, targets=settings.medusa_targets
-        )
-        watched = windows.held_out[: max(1, _WATCHED // windows.held_out.shape[1])]
+        learner = _learner(artifact, settings, shape, dtype, device)
         try:
-            result = train(
-                learner,
-                windows,
-                settings.train,
-                seed=settings.seed,
-                device=device,
-                identity=identity,
-                folder=checkpoint.stage("medusa"),
-                evaluate=lambda: learner.mean_loss(watched, _AT_ONCE),
-                progress=progress,
+            result = _train(
+                learner, windows, settings, identity, checkpoint.stage("medusa"), progress
             )
         except NumericsError:
             # It would come again: there is nothing to continue.
@@ -159,13 +149,7 @@ def _shape(artifact: Artifact, settings: DistillSettings) -> HeadsShape:
             f"a window of {settings.sequence_length} tokens is too short for it",
             "raise the sequence length or train fewer heads",
         )
-    positions = artifact.config.get("max_position_embeddings", artifact.config.get("n_positions"))
-    if isinstance(positions, int) and settings.sequence_length > positions:
-        raise UsageError(
-            f"{artifact.name} knows {positions} positions, not the {settings.sequence_length} of "
-            "sequence_length",
-            f"ask for windows of {positions} tokens or fewer",
-        )
+    check_length(artifact, settings.sequence_length)
     weight = Backbone.head_of(skeleton(artifact)).weight
     return HeadsShape(
         base=artifact.name,
@@ -175,6 +159,40 @@ def _shape(artifact: Artifact, settings: DistillSettings) -> HeadsShape:
         hidden_size=weight.shape[1],
         vocab_size=weight.shape[0],
         shared=settings.medusa_projection == "shared",
+    )
+
+
+def _learner(
+    artifact: Artifact,
+    settings: DistillSettings,
+    shape: HeadsShape,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> HeadsLearner:
+    base = Backbone(load_transformers(artifact, dtype, device))
+    targets = settings.medusa_targets
+    return HeadsLearner(base, shape.heads, shape.layers, own=not shape.shared, targets=targets)
+
+
+def _train(
+    learner: HeadsLearner,
+    windows: Windows,
+    settings: DistillSettings,
+    identity: dict[str, str],
+    folder: Path,
+    progress: ProgressCallback,
+) -> TrainResult:
+    watched = windows.held_out[: max(1, _WATCHED // windows.held_out.shape[1])]
+    return train(
+        learner,
+        windows,
+        settings.train,
+        seed=settings.seed,
+        device=learner.base.projection.weight.device,
+        identity=identity,
+        folder=folder,
+        evaluate=lambda: learner.mean_loss(watched, _AT_ONCE),
+        progress=progress,
     )
 
 

@@ -13,6 +13,7 @@ from infopt.core.distillation.on_policy import drawn, prompt_length
 from infopt.core.distillation.teacher import matched_layers
 from infopt.core.recipe.distill import DistillSettings
 from infopt.core.training.causal import recompute_blocks
+from infopt.core.training.holes import empty, hold, pruned_masks
 from infopt.core.training.losses import (
     TopK,
     attention_loss,
@@ -62,31 +63,43 @@ class Student:
         self.teacher, self.cache = teacher, cache
         self._ends = torch.tensor(sorted(ends), dtype=torch.int64, device=model.device)
         self._write = write
-        self._step = self._part = 0
+        self._step = self._part = self._counted = 0
         matches = teacher is not None and (settings.hidden_weight or settings.attention_weight)
         self._pairs = matched_layers(model, teacher) if teacher is not None and matches else []
         self._projections = self._make_projections() if settings.hidden_weight else {}
         model.requires_grad_(True)
+        self._learned = dict(model.named_parameters())
+        self._holes = hold(model, pruned_masks(model), self._learned)
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """The model's, and the projections that states are compared through."""
-        return {**dict(self.model.named_parameters()), **self._projections}
+        return {**self._learned, **self._projections}
 
     def at_step(self, step: int) -> None:
         """What the student writes depends on the step, and on nothing before it."""
         self._step, self._part = step, 0
 
     def after_step(self) -> None:
-        """Nothing is held."""
+        """What was pruned stays so."""
+        empty(self._holes, self._learned)
+
+    def counted(self) -> int:
+        """The tokens that the last loss was a mean over: of what models write not all count."""
+        return self._counted
 
     def recompute(self) -> None:
         """Do without the activations within the model's blocks."""
         recompute_blocks(self.model)
 
     def loss(self, tokens: Tensor) -> Mapping[str, Tensor]:
-        """`loss` of windows int64 [n, length], and the parts that it is made of."""
+        """`loss` of windows int64 [n, length], and the parts that it is made of.
+
+        Each is a mean over all tokens that count. To what the student wrote itself, and shall not
+        copy, the cross-entropy adds nothing.
+        """
         settings = self.settings
         lesson = self._lesson(tokens)
+        self._counted = int(lesson.counted.sum())
         shown, whole = lesson.tokens[:, :-1].clamp(min=0), bool(lesson.counted.all())
         found = self._pass(self.model, shown)
         logits = _chosen(found.logits, lesson.counted, whole)
@@ -100,9 +113,10 @@ class Student:
             shares["divergence"] = settings.alpha
             parts["divergence"] = self._divergence(logits, lesson, other, whole)
         if settings.alpha < 1:
-            follow = lesson.tokens[:, 1:].where(lesson.text[:, None], -1)
+            follow = lesson.tokens[:, 1:].where(lesson.text[:, None], -1)[lesson.counted]
+            of_text = (follow >= 0).sum() / max(1, self._counted)
             shares["cross_entropy"] = 1 - settings.alpha
-            parts["cross_entropy"] = cross_entropy(logits, follow[lesson.counted])
+            parts["cross_entropy"] = cross_entropy(logits, follow) * of_text
         if settings.hidden_weight:
             shares["hidden"] = settings.hidden_weight
             parts["hidden"] = self._hidden(found, other, lesson.counted)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from infopt.core.artifact.positions import check_length
 from infopt.core.artifact.read import Artifact
 from infopt.core.distillation.cache import cache_bytes
 from infopt.core.distillation.heads import plan_heads
@@ -95,8 +96,11 @@ def resolve_job(
         )
     if student is not None:
         check_vocabularies(teacher, student)
+    known = int(teacher.config.get("vocab_size", 0))
+    if settings.top_k is not None and 0 < known < settings.top_k:
+        raise UsageError(f"{teacher.name} knows {known} tokens, not the {settings.top_k} of top_k")
     for artifact in (teacher, learner):
-        _check_length(artifact, settings.sequence_length)
+        check_length(artifact, settings.sequence_length)
     word = choose_device(settings.device)
     dtype: torch.dtype = getattr(torch, choose_dtype(settings.dtype, word))
     device = local_device(torch.device(word))
@@ -170,16 +174,6 @@ def loss_words(settings: DistillSettings) -> str:
     if settings.attention_weight:
         words.append(f"{settings.attention_weight:g} attention")
     return " + ".join(words)
-
-
-def _check_length(artifact: Artifact, length: int) -> None:
-    keys = ("max_position_embeddings", "n_positions")
-    known = next((int(artifact.config[key]) for key in keys if artifact.config.get(key)), None)
-    if known is not None and length > known:
-        raise UsageError(
-            f"{artifact.name} knows {known} positions, not the {length} of sequence_length",
-            f"ask for windows of {known} tokens or fewer",
-        )
 
 
 def _memory(job: DistillJob, learning: int) -> int:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from infopt.core.artifact.read import Artifact
 from infopt.core.distillation.on_policy import written_windows
-from infopt.core.errors import ResumeError, UnsupportedError
+from infopt.core.errors import ResumeError, UnsupportedError, UsageError
 from infopt.core.files import write_atomically
 from infopt.core.models.hf import blocks, load_transformers
 from infopt.core.progress import Progress, ProgressCallback, silent
@@ -19,11 +19,11 @@ _WINDOWS_A_PART = 32
 
 
 def check_vocabularies(teacher: Artifact, student: Artifact) -> None:
-    """Raise UnsupportedError where the two do not number the same tokens alike."""
+    """Raise UsageError where the two do not number the same tokens alike."""
     sizes = [int(artifact.config.get("vocab_size", 0)) for artifact in (teacher, student)]
     hint = "choose a student of the same tokenizer, or cut one: --student layers=6"
     if sizes[0] != sizes[1]:
-        raise UnsupportedError(
+        raise UsageError(
             f"{student.name} knows {sizes[1]} tokens, its teacher {teacher.name} {sizes[0]}: "
             "their predictions cannot be compared",
             hint,
@@ -31,9 +31,9 @@ def check_vocabularies(teacher: Artifact, student: Artifact) -> None:
     theirs, ours = (artifact.tokenizer().get_vocab() for artifact in (teacher, student))
     if theirs != ours:
         strange = next(iter(sorted(set(theirs.items()) ^ set(ours.items()))))
-        raise UnsupportedError(
+        raise UsageError(
             f"{student.name} and its teacher {teacher.name} have different vocabularies: "
-            f"the token {strange[0]!r} is one of them",
+            f"the token {strange[0]!r} is not the same in both",
             hint,
         )
 

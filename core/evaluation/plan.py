@@ -1,5 +1,6 @@
 """What an evaluation will do, told before anything is loaded (no torch)."""
 
+from infopt.core.artifact.positions import known_positions
 from infopt.core.artifact.read import Artifact
 from infopt.core.errors import UsageError
 from infopt.core.hardware.calibration import load_calibration
@@ -48,8 +49,8 @@ def check_settings(artifact: Artifact, settings: EvaluateSettings, *, baseline: 
             f"a stride of {settings.stride} skips tokens between windows of {settings.context}",
             "use a stride of at most the context",
         )
-    longest = artifact.config.get("max_position_embeddings")
-    if isinstance(longest, int) and settings.context > longest:
+    longest = known_positions(artifact)
+    if longest is not None and settings.context > longest:
         raise UsageError(
             f"{artifact.name} has {longest} positions, too few for a context of {settings.context}",
             f"use --context {longest} or less",

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -36,7 +37,7 @@ def skeleton(artifact: Artifact, dtype: torch.dtype = torch.float32) -> PreTrain
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         linearize(model)
         unfuse(model)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UnsupportedError(
             f"{artifact.path / 'config.json'} is of no causal LM that transformers knows: {reason}"

@@ -7,12 +7,15 @@ from importlib.metadata import version
 import torch
 
 from infopt.core.artifact.read import Artifact
+from infopt.core.compression.anatomy import Anatomy, anatomy
 from infopt.core.compression.checkpoint import Checkpoint
 from infopt.core.compression.targets import Target, TargetBlock, find_targets, ignore_pattern
 from infopt.core.errors import UnsupportedError, UsageError
 from infopt.core.hardware.choose import choose_device, choose_dtype
 from infopt.core.models.hf import resolve, skeleton
 from infopt.core.models.unfused import UnfusedArtifact, unfused
+from infopt.core.pruning.sizes import Shape
+from infopt.core.pruning.target import check_shape, needs_text, target_shape, whole_shape
 from infopt.core.recipe.prune import PruneSettings
 from infopt.core.reports.prune import PrunedPart
 
@@ -35,6 +38,9 @@ class PruneJob:
     """The linear layers to prune; empty for structured pruning."""
     stored: dict[str, str] = field(default_factory=dict)
     """The artifact's name of each target's weight, to the target's name in the model."""
+    parts: Anatomy | None = None
+    """Of structured pruning: what the model is made of, and `shape`, what is to stay of it."""
+    shape: Shape | None = None
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -42,7 +48,9 @@ class PruneJob:
 
     @property
     def calibrates(self) -> bool:
-        """Whether the inputs of layers are looked at."""
+        """Whether the calibration text is looked at."""
+        if self.parts is not None and self.shape is not None:
+            return needs_text(self.settings, whole_shape(self.parts), self.shape)
         return self.settings.method != "magnitude" or self.settings.allocation == "owl"
 
     def identity(self, token_hash: str) -> dict[str, str]:
@@ -73,7 +81,10 @@ class Staged:
 
 
 def resolve_job(artifact: Artifact, settings: PruneSettings) -> PruneJob:
-    """Choose targets, device and dtype; raises UsageError or UnsupportedError."""
+    """Choose targets or shape, device and dtype; raises UsageError or UnsupportedError.
+
+    What the architecture cannot be is refused here, before any weight is read.
+    """
     if artifact.quantization is not None:
         raise UnsupportedError(
             f"{artifact.name} is quantized, and codes are not pruned",
@@ -83,7 +94,10 @@ def resolve_job(artifact: Artifact, settings: PruneSettings) -> PruneJob:
     dtype: torch.dtype = getattr(torch, choose_dtype(settings.dtype, word))
     device = torch.device(word)
     if settings.method == "structured":
-        return PruneJob(artifact, settings, dtype, device)
+        parts = anatomy(artifact)
+        shape = target_shape(artifact, parts, settings)
+        check_shape(artifact, parts, settings, shape)
+        return PruneJob(artifact, settings, dtype, device, parts=parts, shape=shape)
     model = skeleton(artifact)
     artifact = unfused(model, artifact)
     if settings.retrain and isinstance(artifact, UnfusedArtifact):

@@ -14,6 +14,7 @@ from infopt.core.files import require_disk
 from infopt.core.hardware.probe import probe
 from infopt.core.pruning.job import PruneJob, resolve_job
 from infopt.core.pruning.retrain import train_settings
+from infopt.core.pruning.target import parameter_cost
 from infopt.core.recipe.prune import BUDGETS, SIZES, PruneSettings
 from infopt.core.reports.schema import Plan
 
@@ -69,7 +70,16 @@ def _what(job: PruneJob) -> str:
     wanted = {key: getattr(settings, key) for key in (*SIZES, *BUDGETS)}
     words = ", ".join(f"{key} {value}" for key, value in wanted.items() if value is not None)
     rounds = f" in {settings.iterations} rounds" if settings.iterations > 1 else ""
-    return f"structured: what stays is {words}{rounds}"
+    parts, shape = job.parts, job.shape
+    assert parts is not None and shape is not None
+    found = [f"{shape.layers} of {len(parts.blocks)} layers"]
+    if "heads" not in parts.why_not:
+        heads, whole = (groups * parts.queries for groups in (shape.groups, parts.kv_groups))
+        found.append(f"{heads} of {whole} heads")
+    if "ffn" not in parts.why_not:
+        found.append(f"{shape.ffn} of {parts.ffn_size} feed-forward channels")
+    found.append(f"{shape.hidden} of {parts.hidden_size} hidden channels")
+    return f"structured: what stays is {words}{rounds}: {', '.join(found)}"
 
 
 def check_memory(job: PruneJob) -> None:
@@ -100,7 +110,7 @@ def memory_of(job: PruneJob) -> int:
         rows = max(settings.micro_tokens, settings.sequence_length)
         teacher = whole * width if job.settings.retrain_from == "dense" else 0
         # Weight, gradient and two moments in float32; logits of both, a gradient, and copies.
-        needed.append(teacher + 16 * whole + 6 * 4 * rows * vocabulary)
+        needed.append(teacher + 16 * _left(job) + 6 * 4 * rows * vocabulary)
     return _PROCESS_BYTES + max(needed)
 
 
@@ -133,6 +143,13 @@ def _parameters(job: PruneJob) -> int:
     return sum(math.prod(job.artifact.shape(name)) for name in job.artifact.names())
 
 
+def _left(job: PruneJob) -> int:
+    """Parameters that are trained on, at most."""
+    if job.parts is None or job.shape is None:
+        return _parameters(job)
+    return int(parameter_cost(job.artifact, job.parts).of(job.shape))
+
+
 def _tokens(job: PruneJob) -> int:
     """Calibration tokens that are run through the model."""
     calibration = job.settings.calibration
@@ -140,7 +157,8 @@ def _tokens(job: PruneJob) -> int:
 
 
 def _hidden_bytes(job: PruneJob) -> int:
-    size = min((t.inputs for t in job.targets), default=0)
+    parts = job.parts
+    size = parts.hidden_size if parts is not None else min(t.inputs for t in job.targets)
     return _tokens(job) * size * job.dtype.itemsize
 
 

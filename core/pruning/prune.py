@@ -16,7 +16,7 @@ from infopt.core.compression.calibration import calibration_tokens, token_hash
 from infopt.core.compression.checkpoint import open_checkpoint
 from infopt.core.compression.output import publish
 from infopt.core.compression.quality import held_out, mean_nll
-from infopt.core.errors import NumericsError, UsageError
+from infopt.core.errors import NumericsError, UnsupportedError, UsageError
 from infopt.core.files import check_output, write_atomically
 from infopt.core.hardware.probe import peak_memory
 from infopt.core.models.hf import skeleton
@@ -25,7 +25,7 @@ from infopt.core.progress import Progress, ProgressCallback, silent
 from infopt.core.pruning.job import PartCheckpoint, PruneJob, Staged, resolve_job
 from infopt.core.pruning.mask import zeros
 from infopt.core.pruning.plan import check_disk, check_memory
-from infopt.core.pruning.retrain import Retrained, retrain
+from infopt.core.pruning.retrain import Retrained, check_text, retrain
 from infopt.core.pruning.structured import make_structured
 from infopt.core.pruning.walked import make_walked
 from infopt.core.recipe.prune import PruneSettings
@@ -78,7 +78,9 @@ def prune(
     output = output.expanduser().absolute()
     _check_alone()
     check_output(output, replace=replace)
+    progress(Progress("finding the layers and parts"))
     job = resolve_job(artifact, settings)
+    check_text(job)
     check_disk(job, output)
     check_memory(job)
     tokens = calibration_tokens(artifact, settings.calibration, settings.seed)
@@ -92,7 +94,7 @@ def prune(
             make = make_structured if settings.method == "structured" else make_walked
             made = make(job, tokens, checkpoint, progress)
             perplexity, retrained = _recover(job, made, tokens, checkpoint, progress)
-        except NumericsError:
+        except (NumericsError, UnsupportedError, UsageError):
             # It would come again: there is nothing to continue.
             checkpoint.discard()
             raise

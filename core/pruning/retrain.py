@@ -93,6 +93,12 @@ def retrain(
     return Retrained(staged, _told(job.settings, result), difference)
 
 
+def check_text(job: PruneJob) -> None:
+    """Raise UsageError, before any work, where the text is too short to be trained on."""
+    if job.settings.retrain:
+        training_windows(job.artifact, train_settings(job.settings), job.settings.seed)
+
+
 def train_settings(settings: PruneSettings) -> TrainSettings:
     """The retraining in the words of any training."""
     return TrainSettings(

@@ -42,6 +42,14 @@ class Cost:
         """Of the whole model."""
         return shape.layers * _value(self.block, shape) + _value(self.ends, shape)
 
+    def scaled(self, factor: float) -> "Cost":
+        """The same in another unit."""
+        block, ends = (
+            {power: weight * factor for power, weight in terms.items()}
+            for terms in (self.block, self.ends)
+        )
+        return Cost(block, ends)
+
 
 def _value(terms: Mapping[Power, float], shape: Shape) -> float:
     return sum(
@@ -145,4 +153,4 @@ def between(whole: Shape, target: Shape, rounds: int) -> list[Shape]:
 
 def _number(value: float) -> str:
     """'134.5M', or a share where it is small."""
-    return f"{value / 1e6:.1f}M" if value >= 1e5 else f"{value:g}"
+    return f"{value / 1e6:.1f}M" if value >= 1e5 else f"{value:.5g}"

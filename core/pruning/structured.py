@@ -20,7 +20,7 @@ from infopt.core.pruning.job import PartCheckpoint, PruneJob, Staged
 from infopt.core.pruning.measure import Measured, measure
 from infopt.core.pruning.output import recipe_files
 from infopt.core.pruning.sizes import Shape, between
-from infopt.core.pruning.target import predicted_latency, target_shape, whole_shape
+from infopt.core.pruning.target import needs_text, predicted_latency, whole_shape
 from infopt.core.reports.prune import PrunedPart
 
 _SEEDS = 1_000_003
@@ -73,9 +73,9 @@ def make_structured(
 
     A round that is done is durable, and within a round every block that was measured.
     """
-    progress(Progress("finding the parts that go together"))
-    whole = anatomy(job.artifact)
-    start, target = whole_shape(whole), target_shape(job.artifact, whole, job.settings)
+    whole, target = job.parts, job.shape
+    assert whole is not None and target is not None
+    start = whole_shape(whole)
     artifact, origin = job.artifact, _Origin.of(start)
     rounds = between(start, target, job.settings.iterations)
     for number, shape in enumerate(rounds):
@@ -113,7 +113,7 @@ def _kept(
     if not place.exists():
         whole = whole_shape(parts)
         measured = None
-        if _measures(job, whole, shape):
+        if needs_text(job.settings, whole, shape):
             measured = measure(
                 job, artifact, parts, tokens, f"round-{number}", checkpoint, progress
             )
@@ -135,15 +135,6 @@ def _read(place: Path) -> Kept:
         hidden=None if found["hidden"] is None else tuple(found["hidden"]),
         gains=found["gains"],
     )
-
-
-def _measures(job: PruneJob, whole: Shape, shape: Shape) -> bool:
-    """Whether the choice depends on the calibration text."""
-    settings = job.settings
-    depth = shape.layers < whole.layers and settings.depth_importance == "block-influence"
-    width = (shape.groups, shape.ffn) != (whole.groups, whole.ffn)
-    # A cut of the hidden width corrects the norms by what was measured, whatever ranks it.
-    return depth or (width and settings.importance == "minitron") or shape.hidden < whole.hidden
 
 
 def _choose(

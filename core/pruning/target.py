@@ -7,9 +7,18 @@ from torch import nn
 
 from infopt.core.artifact.read import Artifact
 from infopt.core.compression.anatomy import Anatomy
+from infopt.core.compression.shrink import Kept, shrink
 from infopt.core.errors import UsageError
 from infopt.core.models.hf import resolve, skeleton
-from infopt.core.pruning.sizes import Cost, Shape, rounded, solve, terms, width_step
+from infopt.core.pruning.sizes import (
+    Cost,
+    Shape,
+    between,
+    rounded,
+    solve,
+    terms,
+    width_step,
+)
 from infopt.core.recipe.prune import PruneSettings, width_of
 
 
@@ -39,6 +48,31 @@ def target_shape(artifact: Artifact, parts: Anatomy, settings: PruneSettings) ->
     return shape
 
 
+def check_shape(artifact: Artifact, parts: Anatomy, settings: PruneSettings, target: Shape) -> None:
+    """Raise UnsupportedError where the architecture cannot have the shape, or one on the way to it.
+
+    Which units stay is not known yet, and the first ones do as well as any.
+    """
+    whole = whole_shape(parts)
+    for shape in between(whole, target, settings.iterations):
+        heads, ffn = (tuple(range(count)) for count in (shape.groups, shape.ffn))
+        kept = Kept(
+            layers=tuple(range(shape.layers)),
+            heads=(heads,) * shape.layers if shape.groups < whole.groups else None,
+            ffn=(ffn,) * shape.layers if shape.ffn < whole.ffn else None,
+            hidden=tuple(range(shape.hidden)) if shape.hidden < whole.hidden else None,
+        )
+        shrink(artifact, parts, kept)
+
+
+def needs_text(settings: PruneSettings, whole: Shape, shape: Shape) -> bool:
+    """Whether the choice of what stays depends on the calibration text."""
+    depth = shape.layers < whole.layers and settings.depth_importance == "block-influence"
+    width = (shape.groups, shape.ffn) != (whole.groups, whole.ffn)
+    # A cut of the hidden width corrects the norms by what was measured, whatever ranks it.
+    return depth or (width and settings.importance == "minitron") or shape.hidden < whole.hidden
+
+
 def parameter_cost(artifact: Artifact, parts: Anatomy) -> Cost:
     """Parameters, tied ones once."""
     return _cost(artifact, parts, read_only=False)
@@ -65,9 +99,12 @@ def _budget(artifact: Artifact, parts: Anatomy, whole: Shape, settings: PruneSet
         cost = parameter_cost(artifact, parts)
         return solve(cost, whole, settings.params, narrow=narrow, what=f"params {settings.params}")
     assert settings.latency is not None
+    # In shares of the whole, as the setting and the range that an error tells.
     cost = read_cost(artifact, parts)
-    budget = settings.latency * cost.of(whole)
-    return solve(cost, whole, budget, narrow=narrow, what=f"latency {settings.latency:g}x")
+    cost = cost.scaled(1 / cost.of(whole))
+    return solve(
+        cost, whole, settings.latency, narrow=narrow, what=f"latency {settings.latency:g}x"
+    )
 
 
 def _cost(artifact: Artifact, parts: Anatomy, *, read_only: bool) -> Cost:

@@ -31,6 +31,8 @@ _READERS: dict[str, frozenset[str]] = {
 }
 _OWL = ("owl_spread", "owl_outlier")
 _RETRAINING = ("retrain_from", "retrain_tokens", "retrain_length", "learning_rate")
+_DIGITS = 9
+"""Of a share, behind the point."""
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -46,7 +48,18 @@ class Pattern:
     of: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.kept}:{self.of}" if self.of else f"{self.share:g}"
+        return f"{self.kept}:{self.of}" if self.of else _written(self.share)
+
+
+def _written(share: float) -> str:
+    """As it is read again: a word for every share that `_share` gives."""
+    return f"{share:.{_DIGITS}g}"
+
+
+def _share(value: float) -> float | None:
+    """Rounded as it will be written down; None where that is not between 0 and 1."""
+    rounded = round(value, _DIGITS)
+    return rounded if 0 < rounded < 1 else None
 
 
 def parse_pattern(word: str) -> Pattern:
@@ -57,12 +70,12 @@ def parse_pattern(word: str) -> Pattern:
             raise ValueError(f"{word!r} is N:M with N weights kept of every M: 0 < N < M")
         return Pattern(1 - kept / of, kept, of)
     try:
-        share = float(word.removesuffix("%")) / (100 if word.endswith("%") else 1)
+        share = _share(float(word.removesuffix("%")) / (100 if word.endswith("%") else 1))
     except ValueError:
         raise ValueError(
             f"{word!r} is neither a share, such as 0.5, nor N:M, such as 2:4"
         ) from None
-    if not 0 < share < 1:
+    if share is None:
         raise ValueError("the share of weights to remove lies between 0 and 1 (or is N:M, as 2:4)")
     return Pattern(share)
 
@@ -78,10 +91,10 @@ def parse_count(word: int | str) -> int:
 def parse_times(word: float | str) -> float:
     """'0.7x' or 0.7: a share of what there is, between 0 and 1; raises ValueError."""
     try:
-        share = float(str(word).strip().removesuffix("x"))
+        share = _share(float(str(word).strip().removesuffix("x")))
     except ValueError:
         raise ValueError(f"{word!r} is no share, such as 0.7x") from None
-    if not 0 < share < 1:
+    if share is None:
         raise ValueError(f"{word!r}: what stays is between 0x and 1x of what there is")
     return share
 
@@ -111,10 +124,12 @@ def _times(value: Any) -> Any:
 
 
 def _width(value: Any) -> Any:
-    """A number of channels, or a share such as '0.75x'."""
-    if not isinstance(value, str):
-        return value
-    return int(value) if value.strip().isdigit() else f"{parse_times(value):g}x"
+    """A number of channels, or a share such as '0.75x' or 0.75."""
+    if isinstance(value, str) and value.strip().isdigit():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+        raise ValueError("at least 1 stays")
+    return f"{_written(parse_times(value))}x" if isinstance(value, float | str) else value
 
 
 Width = Annotated[Annotated[int, Field(ge=1)] | str, BeforeValidator(_width)]
@@ -198,6 +213,11 @@ class PruneSettings(Settings):
                 return f"{option} is read by method {readers} only, not by {method}"
         if not self.retrain and (unread := [key for key in _RETRAINING if key in changed]):
             return f"{unread[0]} is read where the model is retrained: it goes with retrain"
+        if self.retrain and self.retrain_tokens < self.retrain_length:
+            return (
+                f"a step of {self.retrain_tokens} retrain_tokens holds no window of "
+                f"{self.retrain_length} (retrain_length)"
+            )
         if self.allocation != "owl" and (unread := [key for key in _OWL if key in changed]):
             return f"{unread[0]} is read by allocation owl only"
         if method != "structured":
@@ -212,6 +232,8 @@ class PruneSettings(Settings):
             return f"{budgets[0]} chooses the whole shape: it goes without {other}"
         if sizes == ["layers"] and "importance" in changed:
             return "importance ranks heads and channels, and only layers are removed"
+        if sizes == ["hidden"] and self.iterations > 1:
+            return "iterations cut the hidden width in the last round only, and nothing else goes"
         if sizes and "layers" not in sizes and "depth_importance" in changed:
             return "depth_importance ranks layers, and none are removed"
         return None

@@ -65,6 +65,11 @@ class Retraining(Record):
     recovered_share: float | None = None
     """Of the nats a token lost by pruning, on the text of `perplexity`."""
 
+    @property
+    def source_words(self) -> str:
+        """What it learned from, for people."""
+        return "dense model" if self.source == "dense" else "text"
+
 
 class PruneReport(Report):
     command: str = "prune"

@@ -32,7 +32,7 @@ def prune_sections(report: PruneReport) -> tuple[Section, ...]:
         )
         facts.append(Fact("share of lost nats recovered", number(told.recovered_share, ".1%")))
         lines = {
-            f"loss, learning from the {told.source}": list(enumerate(told.losses, 1)),
+            f"loss, learning from the {told.source_words}": list(enumerate(told.losses, 1)),
             "held-out NLL": [(point.step, point.nll) for point in told.held_out],
         }
         parts.append(_drawn("Retraining", curves("Retraining", "nats a token", lines)))
@@ -57,6 +57,7 @@ def distill_sections(report: DistillReport) -> tuple[Section, ...]:
         )
     )
     names = dict.fromkeys(name for point in report.losses for name in point.parts)
+    names.pop("gradient", None)  # its norm is no loss
     lines = {
         name: [(p.step, p.parts[name]) for p in report.losses if name in p.parts] for name in names
     }

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from infopt.core.errors import NumericsError, UnsupportedError
 from infopt.core.training.data import Windows
+from infopt.core.training.holes import empty, hold
 from infopt.core.training.losses import Kind, cross_entropy, divergence
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class CausalLearner:
         self.alpha = alpha if teacher is not None else 0.0
         self.kind, self.temperature, self.beta = kind, temperature, beta
         self._learned = _learned(model, trained)
-        self._holes = _holes(model, masks or {}, self._learned)
+        self._holes = hold(model, masks or {}, self._learned)
         self.after_step()
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -86,9 +87,7 @@ class CausalLearner:
 
     def after_step(self) -> None:
         """Cut what the masks cut."""
-        with torch.no_grad():
-            for name, hole in self._holes.items():
-                self._learned[name].masked_fill_(hole, 0.0)
+        empty(self._holes, self._learned)
 
     def recompute(self) -> None:
         """Do without the activations within the model's blocks."""
@@ -154,26 +153,3 @@ def _learned(model: nn.Module, trained: Collection[str] | None) -> dict[str, nn.
     for parameter in found.values():
         parameter.requires_grad_()
     return found
-
-
-def _holes(
-    model: nn.Module, masks: Mapping[str, Tensor], learned: Mapping[str, nn.Parameter]
-) -> dict[str, Tensor]:
-    """True where a mask cuts, for the masks of what learns; gradients are cut as they arrive."""
-    known = dict(model.named_parameters(remove_duplicate=False))
-    names = {id(parameter): name for name, parameter in learned.items()}
-    found: dict[str, Tensor] = {}
-    for name, mask in masks.items():
-        parameter = known.get(name)
-        if parameter is None or mask.shape != parameter.shape:
-            raise ValueError(f"the mask of {name} is of no parameter, or of another shape")
-        if id(parameter) in names:
-            hole = ~mask.to(parameter.device, torch.bool)
-            found[names[id(parameter)]] = hole
-            parameter.register_post_accumulate_grad_hook(partial(_cut_gradient, hole))
-    return found
-
-
-def _cut_gradient(hole: Tensor, parameter: Tensor) -> None:
-    if parameter.grad is not None:
-        parameter.grad.masked_fill_(hole, 0.0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from infopt.core.artifact.positions import check_length
 from infopt.core.artifact.read import Artifact
 from infopt.core.errors import UsageError
 from infopt.core.recipe.train import TrainSettings
@@ -34,8 +35,9 @@ def training_windows(artifact: Artifact, settings: TrainSettings, seed: int) -> 
     """All windows of the calibration text in an order drawn by `seed`, the last 5% held out.
 
     Windows do not overlap; the text for evaluation is never among them. Raises UsageError where
-    there are not two windows.
+    there are not two windows, or for windows longer than the model knows.
     """
+    check_length(artifact, settings.sequence_length, "a training's windows")
     text = calibration_text(settings.text)
     tokenizer = artifact.tokenizer()
     prefix = [] if settings.chat else default_prefix(tokenizer)

@@ -8,12 +8,17 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from importlib import import_module
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from infopt.core.errors import UsageError
+
+_PATIENCE = timedelta(days=1)
+"""For the first process, which prepares and measures while the others wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +96,12 @@ def process_group(device: torch.device) -> Iterator[Group]:
         return
     begun = dist.is_initialized()
     if not begun:
+        # An optimizer imports it, and its modules keep whatever group there is as a default: that
+        # group's threads would outlive it, and now and then abort the process as it ends.
+        import_module("torch._dynamo")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield Group(dist.get_rank(), size, device)
     finally:

@@ -49,6 +49,14 @@ class Stepping(Protocol):
 
 
 @runtime_checkable
+class Counting(Protocol):
+    """A learner that leaves out tokens of its windows, such as those behind an end of text."""
+
+    def counted(self) -> int:
+        """The tokens that the last loss was a mean over."""
+
+
+@runtime_checkable
 class Recomputing(Protocol):
     """A learner that can do without the activations of its blocks."""
 
@@ -206,15 +214,16 @@ class _Run:
                 f"training: the held-out text measures {found} after step {self.result.steps}",
                 "try precision float32 or a lower learning rate",
             )
-        held_out, patience = self.result.held_out, self.settings.patience
-        held_out.append((self.result.steps, found))
-        if patience is None:
-            return
+        patience = self.settings.patience
+        held_out = [*self.result.held_out, (self.result.steps, found)]
         best = min(range(len(held_out)), key=lambda number: held_out[number][1])
-        if best == len(held_out) - 1:
-            self._best = {name: value.detach().clone() for name, value in self.learned.items()}
-        elif len(held_out) - 1 - best >= patience:
-            self.result.stopped = f"no better since step {held_out[best][0]}"
+        kept, stopped = self._best, None
+        if patience is not None and best == len(held_out) - 1:
+            kept = {name: value.detach().clone() for name, value in self.learned.items()}
+        elif patience is not None and len(held_out) - 1 - best >= patience:
+            stopped = f"no better since step {held_out[best][0]}"
+        # At once, and last: a state that Ctrl-C makes holds the look and what came of it, or none.
+        self._best, self.result.held_out, self.result.stopped = kept, held_out, stopped
 
     @torch.no_grad()
     def return_to_best(self) -> None:
@@ -311,17 +320,27 @@ class _Run:
         chosen = windows_of_step(self.result.steps, count, len(rows), self.seed)
         batch_tokens = max(1, _counted(rows[chosen]))
         sums: dict[str, float] = {}
+        seen = 0
         own = rows[self.group.share(chosen)]
         for part in torch.split(own, max(1, settings.micro_tokens // length)):
-            share = _counted(part) / batch_tokens
             with torch.autocast(
                 self.device.type, torch.bfloat16, enabled=self._precision == torch.bfloat16
             ):
                 parts = self.learner.loss(part.to(self.device))
+            learner = self.learner
+            count = learner.counted() if isinstance(learner, Counting) else _counted(part)
+            seen, share = seen + count, count / batch_tokens
             (parts["loss"] * share).backward()  # type: ignore[no-untyped-call]
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach()) * share
-        return dict(zip(sums, self.group.add_up(list(sums.values())), strict=True)), batch_tokens
+        counted, *values = self.group.add_up([float(seen), *sums.values()])
+        if counted and counted != batch_tokens:
+            # What counts was known only as it was computed: the mean is over that.
+            values = [value * batch_tokens / counted for value in values]
+            for parameter in self.learned.values():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(batch_tokens / counted)
+        return dict(zip(sums, values, strict=True)), int(counted)
 
 
 def _optimizer(learned: Mapping[str, nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:

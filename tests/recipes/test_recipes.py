@@ -12,6 +12,8 @@ from infopt.core.recipe.recipe import load_recipe
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 SMALL: dict[str, dict[str, Any]] = {
     "quantize": {"calibration": {"samples": 4, "sequence_length": 32}},
+    "prune": {"calibration": {"samples": 4, "sequence_length": 64}, "retrain": 2, "layers": 1},
+    "distill": {"steps": 2, "batch_tokens": 64, "micro_tokens": 64, "sequence_length": 32},
     "evaluate": {"tokens": 256, "context": 64, "max_ppl_increase": 10.0},
     "profile": {"prompt_tokens": 16, "output_tokens": 2, "repeats": 1},
     "serve": {"kv_blocks": 64, "max_model_len": 256},
@@ -39,15 +41,16 @@ def test_recipe_runs_small(path: Path, tiny_model: Path, tmp_path: Path) -> None
     content["model"] = str(tiny_model)
     for step in content["steps"]:
         ((verb, settings),) = step.items()
-        if settings.get("baseline"):
-            settings["baseline"] = str(tiny_model)
+        for key in ("baseline", "teacher"):
+            if settings.get(key):
+                settings[key] = str(tiny_model)
         short = {"qat": {"steps": 2}, "autoround": {"iterations": 2}}
         settings.update(short.get(settings.get("method", ""), {}))
         settings.update(
             {
                 k: v
                 for k, v in SMALL[verb].items()
-                if k in settings or k not in ("max_ppl_increase",)
+                if k in settings or k not in ("max_ppl_increase", "retrain", "layers")
             }
         )
     small = tmp_path / "small.yaml"

@@ -67,9 +67,7 @@ KINDS: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES)),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES)),
     "qwen3-moe": lambda: Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
-        )
+        Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
     ),
 }
 
@@ -197,6 +195,18 @@ def test_as_many_heads_as_there_are_change_nothing(tmp_path: Path) -> None:
     assert report.perplexity.converted == report.perplexity.dense
     assert report.kv_bytes_per_token == report.original_kv_bytes_per_token
     assert "already" in report.warnings[0]
+
+
+def test_one_head_stays_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**(SIZES | {"num_key_value_heads": 1})))
+    source = save(model, tmp_path / "one")
+    report = convert_kv_heads(source, tmp_path / "out", settings(1))
+    written = read_artifact(tmp_path / "out")
+    assert all(torch.equal(written.tensor(n), source.tensor(n)) for n in source.names())
+    # Keys and values, two layers, a head of eight channels, four bytes each.
+    assert report.kv_bytes_per_token == report.original_kv_bytes_per_token == 2 * 2 * 8 * 4
+    assert "already" in report.warnings[0] and report.layers == ()
 
 
 def test_the_cache_shrinks_in_profile_and_runtime(tmp_path: Path) -> None:

@@ -13,13 +13,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from infopt.core.artifact.read import Artifact, read_artifact
 
 VOCABULARY = 256
+LIVELY = {"tie_word_embeddings": False, "initializer_range": 0.2}
 
 
 @pytest.fixture
 def make_llama(tmp_path: Path) -> Callable[..., Artifact]:
-    """A random Llama of two blocks with a byte tokenizer; keywords change its config."""
+    """A random Llama of two blocks with a byte tokenizer; keywords change its config.
 
-    def make(name: str = "tiny", **changes: Any) -> Artifact:
+    A small one whose head is its table goes on repeating the token that it reads, whatever its
+    blocks do; a `lively` one says something else at each position.
+    """
+
+    def make(name: str = "tiny", *, lively: bool = False, **changes: Any) -> Artifact:
         settings = {
             "vocab_size": VOCABULARY,
             "hidden_size": 64,
@@ -33,7 +38,9 @@ def make_llama(tmp_path: Path) -> Callable[..., Artifact]:
             "eos_token_id": 0,
         }
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**(settings | changes))).to(torch.bfloat16)
+        model = LlamaForCausalLM(
+            LlamaConfig(**(settings | (LIVELY if lively else {}) | changes))
+        ).to(torch.bfloat16)
         path = tmp_path / name
         model.save_pretrained(path)
         byte_tokenizer().save_pretrained(path)

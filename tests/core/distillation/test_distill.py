@@ -20,7 +20,7 @@ from infopt.core.compression.quality import held_out
 from infopt.core.distillation.acceptance import judge, look_at
 from infopt.core.distillation.distill import distill
 from infopt.core.distillation.plan import plan_distill
-from infopt.core.errors import NumericsError, ResumeError, UnsupportedError, UsageError
+from infopt.core.errors import NumericsError, ResumeError, UsageError
 from infopt.core.models.hf import load_transformers
 from infopt.core.progress import Progress
 from infopt.core.recipe.distill import DistillSettings
@@ -61,8 +61,8 @@ def weights(path: Path) -> bytes:
 def test_a_student_learns_and_is_a_plain_model(
     make_llama: MakeLlama, calibration_file: Path, tmp_path: Path
 ) -> None:
-    teacher = make_llama(num_hidden_layers=3)
-    wanted = settings(calibration_file, steps=30)
+    teacher = make_llama(num_hidden_layers=3, lively=True, initializer_range=0.1)
+    wanted = settings(calibration_file, steps=30, learning_rate=1e-3)
     report = run(teacher, tmp_path / "out", wanted)
     written = read_artifact(tmp_path / "out")
     verify_manifest(written.path)
@@ -78,7 +78,8 @@ def test_a_student_learns_and_is_a_plain_model(
     for key in ("teacher", "before", "after"):
         assert getattr(report.perplexity, key) == pytest.approx(math.exp(getattr(report.nll, key)))
     accepted = report.acceptance
-    assert accepted.after.text > accepted.before.text and accepted.greedy_tokens == 16 * 64
+    assert accepted.after.text > 2 * accepted.before.text > 0
+    assert accepted.greedy_tokens == 16 * 64 and accepted.text_tokens == 8192 - 64
     model = load_transformers(teacher, torch.float32, CPU)
     nll, draft = judge(
         load_transformers(written, torch.float32, CPU), look_at(model, held_out(teacher))
@@ -178,18 +179,43 @@ def test_a_student_of_its_own_learns_from_another_model(
     assert report.model == report.teacher and report.teacher.name == "teacher"
 
 
+def test_what_was_pruned_of_a_student_stays_zero(
+    make_llama: MakeLlama, calibration_file: Path, tmp_path: Path
+) -> None:
+    teacher = make_llama("teacher", num_hidden_layers=3)
+    student = make_llama("student")
+    tensors = load_file(student.path / "model.safetensors")
+    pruned = [name for name in tensors if "layers.1.mlp" in name]
+    for name in pruned:
+        tensors[name][:, ::2] = 0
+    save_file(tensors, student.path / "model.safetensors", {"format": "pt"})
+    student = read_artifact(student.path)
+    wanted = settings(calibration_file, student="student", steps=4)
+    report = run(teacher, tmp_path / "out", wanted, student=student)
+    assert report.nll.after < report.nll.before
+    written = read_artifact(tmp_path / "out")
+    assert len(pruned) == 3
+    for name in pruned:
+        assert not written.tensor(name)[:, ::2].any()
+        assert not torch.equal(written.tensor(name), tensors[name]), "what is left learned"
+    dense = "model.layers.0.mlp.up_proj.weight"
+    assert written.tensor(dense).all()
+
+
 def test_what_does_not_fit_is_refused_before_any_work(
     make_llama: MakeLlama, calibration_file: Path, tmp_path: Path
 ) -> None:
     teacher, out = make_llama(), tmp_path / "out"
     wide = make_llama("wide", vocab_size=300)
-    with pytest.raises(UnsupportedError, match="300 tokens"):
+    with pytest.raises(UsageError, match="300 tokens"):
         distill(teacher, out, settings(calibration_file, student="wide"), student=wide)
     with pytest.raises(UsageError, match="128 positions"):
         wanted = settings(calibration_file, sequence_length=256, batch_tokens=256)
         distill(teacher, out, wanted)
     with pytest.raises(UsageError, match="the student is missing"):
         distill(teacher, out, settings(calibration_file, student="a-model"))
+    with pytest.raises(UsageError, match="knows 256 tokens, not the 257 of top_k"):
+        distill(teacher, out, settings(calibration_file, top_k=257))
     with pytest.raises(UsageError, match="2 layers, not 5"):
         distill(teacher, out, settings(calibration_file, student="layers=5"))
     with pytest.raises(UsageError, match="the model that is read"):

@@ -16,7 +16,8 @@ from infopt.core.distillation.learner import Student, counted_positions
 from infopt.core.distillation.teacher import show_attention
 from infopt.core.models.hf import load_transformers
 from infopt.core.recipe.distill import DistillSettings
-from infopt.core.training.loop import Recomputing, Stepping
+from infopt.core.training.data import Windows
+from infopt.core.training.loop import Counting, Recomputing, Stepping, train
 
 CPU = torch.device("cpu")
 MakeLlama = Callable[..., Artifact]
@@ -63,24 +64,25 @@ def test_the_divergence_and_its_share(teacher: PreTrainedModel, student: PreTrai
     own, wanted = logits(student), logits(teacher)
     plain = Student(student, settings(), teacher=teacher).loss(TOKENS)
     assert set(plain) == {"loss", "divergence"}
-    assert float(plain["loss"]) == float(plain["divergence"]) == close(kl(wanted, own))
+    assert torch.equal(plain["loss"], plain["divergence"])
+    assert float(plain["loss"].detach()) == close(kl(wanted, own))
     warm = Student(student, settings(temperature=3.0), teacher=teacher).loss(TOKENS)
-    assert float(warm["loss"]) == close(kl(wanted, own, 3.0))
+    assert warm["loss"].item() == close(kl(wanted, own, 3.0))
     back = Student(student, settings(loss="reverse-kl"), teacher=teacher).loss(TOKENS)
-    assert float(back["loss"]) == close(kl(own, wanted))
+    assert back["loss"].item() == close(kl(own, wanted))
     mixed = Student(student, settings(alpha=0.25), teacher=teacher).loss(TOKENS)
     hard = float(F.cross_entropy(own, TOKENS[:, 1:].flatten()))
-    assert float(mixed["cross_entropy"]) == close(hard)
-    assert float(mixed["loss"]) == close(0.25 * kl(wanted, own) + 0.75 * hard)
+    assert mixed["cross_entropy"].item() == close(hard)
+    assert mixed["loss"].item() == close(0.25 * kl(wanted, own) + 0.75 * hard)
     alone = Student(student, settings(alpha=0.0)).loss(TOKENS)
-    assert float(alone["loss"]) == close(hard) and set(alone) == {"loss", "cross_entropy"}
+    assert alone["loss"].item() == close(hard) and set(alone) == {"loss", "cross_entropy"}
 
 
 def test_a_model_has_nothing_to_learn_from_itself(teacher: PreTrainedModel) -> None:
     show_attention(teacher)
     every = settings(hidden_weight=1.0, attention_weight=1.0)
     learner = Student(teacher, every, teacher=teacher)
-    parts = {name: float(value) for name, value in learner.loss(TOKENS).items()}
+    parts = {name: value.item() for name, value in learner.loss(TOKENS).items()}
     assert set(parts) == {"loss", "divergence", "hidden", "attention"}
     assert all(abs(value) < 1e-6 for value in parts.values())
     assert not [name for name in learner.parameters() if name.startswith("projection")]
@@ -96,29 +98,28 @@ def test_states_are_matched_through_projections_that_learn(
     assert learner.parameters()["projection.1"].shape == (64, 32)
     parts = learner.loss(TOKENS)
     total = parts["divergence"] + 2 * parts["hidden"] + 3 * parts["attention"]
-    assert float(parts["loss"]) == close(float(total))
+    assert parts["loss"].item() == close(total.item())
     parts["loss"].backward()
     assert all(value.grad is not None for value in learner.parameters().values())
     assert all(value.grad is None for value in teacher.parameters())
     ours = student(input_ids=TOKENS[:, :-1], output_hidden_states=True).hidden_states[1]
     theirs = teacher(input_ids=TOKENS[:, :-1], output_hidden_states=True).hidden_states[2]
     wide = ours @ learner.parameters()["projection.1"].T
-    assert float(parts["hidden"]) == close(
-        float((2 - 2 * F.cosine_similarity(wide, theirs, dim=-1)).mean() / 1.0)
-    )
+    cosine = F.cosine_similarity(wide, theirs, dim=-1).mean().item()
+    assert parts["hidden"].item() == close(2 - 2 * cosine)
     maps = [
         model(input_ids=TOKENS[:, :-1], output_attentions=True).attentions[-1]
         for model in (student, teacher)
     ]
     p, q = maps[1].unflatten(1, (2, 2)).mean(2), maps[0]
     rows = torch.where(p > 0, p * (p / q).log(), 0.0).sum(-1)
-    assert float(parts["attention"]) == close(float(rows.mean()))
+    assert parts["attention"].item() == close(rows.mean().item())
 
 
 def test_kept_logits_teach_as_live_ones(
     teacher: PreTrainedModel, student: PreTrainedModel, tmp_path: Path
 ) -> None:
-    live = float(Student(student, settings(temperature=2.0), teacher=teacher).loss(TOKENS)["loss"])
+    live = Student(student, settings(temperature=2.0), teacher=teacher).loss(TOKENS)["loss"].item()
     losses = []
     for k in (1, 16, 256):
         fill_cache(
@@ -130,7 +131,7 @@ def test_kept_logits_teach_as_live_ones(
         )
         cache = TeacherCache(tmp_path / str(k), TOKENS)
         learner = Student(student, settings(temperature=2.0, top_k=k), cache=cache)
-        losses.append(float(learner.loss(TOKENS.flip(0))["loss"]))
+        losses.append(learner.loss(TOKENS.flip(0))["loss"].item())
     assert losses[2] == close(live) and losses[0] < losses[1] < losses[2]
 
 
@@ -150,7 +151,29 @@ def test_of_what_the_teacher_wrote_that_alone_counts(
 ) -> None:
     learner = Student(student, settings(sequence_level=True), teacher=teacher)
     own, wanted = (logits(m).unflatten(0, (3, 16))[:, 7:].flatten(0, 1) for m in (student, teacher))
-    assert float(learner.loss(TOKENS)["loss"]) == close(kl(wanted, own))
+    assert learner.loss(TOKENS)["loss"].item() == close(kl(wanted, own))
+
+
+def test_the_mean_is_over_all_that_counts_however_a_batch_is_split(
+    make_llama: MakeLlama, teacher: PreTrainedModel
+) -> None:
+    """Windows that end early have fewer tokens in the mean, and none of them weighs more."""
+    rows = TOKENS[:, :16].clone()
+    rows[0, 9], rows[1, 14] = 0, 0  # the end of text; of the halves 8 to 15, 2, 7 and 8 count
+    windows = Windows(rows, rows[:0], "text", "")
+    wanted = settings(sequence_level=True, alpha=0.5, steps=1, batch_tokens=48, micro_tokens=48)
+    found = []
+    for micro in (48, 16):
+        student = load_transformers(make_llama("one", num_hidden_layers=1), torch.float32, CPU)
+        learner = Student(student, wanted, teacher=teacher, ends=[0])
+        how = wanted.train.model_copy(update={"micro_tokens": micro, "precision": "float32"})
+        result = train(learner, windows, how, seed=0, device=CPU, identity={}, folder=None)
+        grads = [value.grad for value in learner.parameters().values()]
+        found.append((result, torch.cat([grad.flatten() for grad in grads if grad is not None])))
+    assert [result.tokens for result, _ in found] == [2 + 7 + 8] * 2
+    for name, value in found[0][0].losses[0].items():
+        assert found[1][0].losses[0][name] == close(value)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-7)
 
 
 def test_on_policy_text_is_judged_and_not_copied(
@@ -168,9 +191,9 @@ def test_on_policy_text_is_judged_and_not_copied(
     learner = Student(student, every, teacher=teacher, write=write)
     learner.at_step(3)
     parts = learner.loss(TOKENS)
-    assert float(parts["cross_entropy"]) == 0.0
+    assert parts["cross_entropy"].item() == 0.0
     rows = [logits(m, own).unflatten(0, (3, 16))[:, 7:].flatten(0, 1) for m in (teacher, student)]
-    assert float(parts["divergence"]) == close(kl(*rows))
+    assert parts["divergence"].item() == close(kl(*rows))
     assert torch.equal(asked[0][0], TOKENS) and len(set(asked[0][1])) == 3
     learner.loss(TOKENS)
     learner.at_step(3)
@@ -183,7 +206,8 @@ def test_it_steps_and_recomputes_as_the_loop_wants(
     teacher: PreTrainedModel, student: PreTrainedModel
 ) -> None:
     learner = Student(student, settings(hidden_weight=1.0), teacher=teacher)
-    assert isinstance(learner, Stepping) and isinstance(learner, Recomputing)
+    for able in (Stepping, Recomputing, Counting):
+        assert isinstance(learner, able)
     learner.loss(TOKENS)["loss"].backward()
     before = {name: value.grad.clone() for name, value in learner.parameters().items()}
     student.zero_grad()

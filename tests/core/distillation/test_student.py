@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from infopt.core.artifact.read import Artifact
 from infopt.core.distillation.student import cut_student, evenly, plan_student, write_student
-from infopt.core.errors import UsageError
+from infopt.core.errors import UnsupportedError, UsageError
 from infopt.core.recipe.distill import StudentShape, shape_of
 
 MakeLlama = Callable[..., Artifact]
@@ -86,3 +86,9 @@ def test_sizes_that_the_teacher_has_not_are_refused(make_llama: MakeLlama) -> No
     ):
         with pytest.raises(UsageError, match=said):
             plan_student(teacher, shape(word))
+
+
+def test_sizes_that_transformers_does_not_take_are_refused(make_llama: MakeLlama) -> None:
+    teacher = make_llama(num_key_value_heads=4)
+    with pytest.raises(UnsupportedError, match=r"tiny cannot have this shape: .*multiple"):
+        plan_student(teacher, shape("heads=3"))

@@ -14,7 +14,7 @@ from infopt.core.distillation.teacher import (
     show_attention,
     taught_windows,
 )
-from infopt.core.errors import ResumeError, UnsupportedError
+from infopt.core.errors import ResumeError, UnsupportedError, UsageError
 from infopt.core.models.hf import load_transformers
 from infopt.core.training.data import Windows, split_windows
 
@@ -25,12 +25,12 @@ MakeLlama = Callable[..., Artifact]
 def test_vocabularies_that_differ_are_refused(make_llama: MakeLlama) -> None:
     one = make_llama("one")
     check_vocabularies(one, make_llama("two", num_hidden_layers=1))
-    with pytest.raises(UnsupportedError, match="knows 300 tokens, its teacher one 256"):
+    with pytest.raises(UsageError, match="knows 300 tokens, its teacher one 256"):
         check_vocabularies(one, make_llama("three", vocab_size=300))
     other = make_llama("four")
     file = other.path / "tokenizer.json"
     file.write_text(file.read_text().replace('"!":0', '"?!":0').replace('"!": 0', '"?!": 0'))
-    with pytest.raises(UnsupportedError, match="different vocabularies"):
+    with pytest.raises(UsageError, match="different vocabularies"):
         check_vocabularies(one, read_artifact(other.path))
 
 

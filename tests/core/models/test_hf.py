@@ -207,6 +207,14 @@ def test_an_unknown_architecture_is_told(tmp_path: Path) -> None:
         skeleton(read_artifact(tmp_path))
 
 
+def test_sizes_that_contradict_each_other_are_told(tmp_path: Path) -> None:
+    saved(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 5}))
+    with pytest.raises(UnsupportedError, match="not a multiple"):
+        skeleton(read_artifact(tmp_path))
+
+
 def quantized(path: Path) -> tuple[Artifact, QuantizedWeight]:
     """A saved model with one layer of 4-bit codes."""
     saved(path)

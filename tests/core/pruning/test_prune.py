@@ -261,6 +261,10 @@ def test_a_plan_says_what_would_be_done(make_llama: MakeLlama, calibration_file:
     assert plan.memory_bytes > 0 and plan.disk_bytes > 0 and plan.seconds is not None
     shape = plan_prune(make_llama("other"), settings(calibration_file, layers=1, ffn="0.5x"))
     assert "layers 1, ffn 0.5x" in shape.actions[0] and shape.seconds is None
+    solved = plan_prune(make_llama("third"), settings(calibration_file, params="45k"))
+    assert "1 of 2 layers, 4 of 4 heads, 64 of 128 feed-forward channels" in solved.actions[0]
+    with pytest.raises(UsageError, match="layers 99: the model has 2"):
+        plan_prune(make_llama("fourth"), settings(calibration_file, layers=99))
 
 
 _SIZES = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -319,6 +323,33 @@ def test_every_kind_of_layer_keeps_its_pattern_along_its_inputs(
     tokens = torch.arange(3, 30)[None]
     with torch.no_grad():
         torch.testing.assert_close(plain(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_shape_that_the_architecture_cannot_have_is_refused_before_any_work(
+    make_llama: MakeLlama, calibration_file: Path, tmp_path: Path
+) -> None:
+    source, out = model_of("gpt2", make_llama, tmp_path), tmp_path / "out"
+    kept = tmp_path / ".out.infopt-partial" / "CURRENT"
+    kept.parent.mkdir()
+    kept.write_text("earlier work")
+    for more in ({"heads": 2}, {"heads": 2, "hidden": 32, "iterations": 2}):
+        with pytest.raises(UnsupportedError, match="cannot have this shape"):
+            prune(source, out, settings(calibration_file, **more), replace=True)
+    with pytest.raises(UsageError, match="not two windows"):
+        long = {"retrain": 1, "retrain_length": 10**6, "retrain_tokens": 10**6}
+        prune(source, out, settings(calibration_file, **long), replace=True)
+    assert not out.exists() and kept.read_text() == "earlier work"
+
+
+def test_what_is_chosen_by_chance_sees_no_text(
+    make_llama: MakeLlama, calibration_file: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for chance in ("random", "block-influence"):
+        wanted = settings(calibration_file, layers=1, depth_importance=chance)
+        found[chance] = prune(make_llama(chance), tmp_path / f"out-{chance}", wanted)
+    assert found["random"].calibration_tokens == 0
+    assert found["block-influence"].calibration_tokens == 16 * 32
 
 
 def test_fused_experts_that_are_left_out_stay_as_they_were(

@@ -254,6 +254,7 @@ def test_sizes_that_do_not_fit_are_refused(
         ({"heads": 6}, "heads 6"),
         ({"ffn": 256}, "ffn 256: the model has 128"),
         ({"params": "1k"}, "not reachable"),
+        ({"latency": "0.01x"}, r"0.01x is not reachable: .* reaches from 0\.\d+ to less than 1 "),
     ):
         with pytest.raises(UsageError, match=message):
             target_shape(artifact, parts, settings(**wanted))

@@ -37,7 +37,18 @@ def test_one_sparsity_has_one_spelling() -> None:
     assert made(sparsity="2:4").pattern == Pattern(0.5, 2, 4)
 
 
-@pytest.mark.parametrize("word", ["1.2", 1.2, "0", 1, -0.1, "5:4", "0:4", "4:4", "half", "nan", ""])
+@pytest.mark.parametrize("word", ["0.9999999", "33.3%", 1e-8, 0.123456789])
+def test_a_share_is_read_as_it_was_written_down(word: str | float) -> None:
+    found = made(sparsity=word)
+    assert found.pattern == parse_pattern(str(word)) and 0 < found.pattern.share < 1
+    assert PruneSettings.model_validate(found.model_dump(mode="json")) == found
+    assert width_of(made(ffn="0.9999999x").ffn or 0, 1000) == 1000
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["0.9999999999", "1e-12", "1.2", 1.2, "0", 1, -0.1, "5:4", "0:4", "4:4", "half", "nan", ""],
+)
 def test_what_is_no_sparsity_is_refused_in_one_line(word: object) -> None:
     with pytest.raises(RecipeError, match="sparsity: ") as caught:
         made(sparsity=word)
@@ -61,7 +72,7 @@ def test_words_for_sizes() -> None:
     assert parse_count(5) == 5 and made(params="90k").params == 90_000
     assert parse_times("0.7x") == parse_times(0.7) == made(latency="0.7x").latency == 0.7
     assert made(ffn="1152").ffn == made(ffn=1152).ffn == 1152
-    assert made(ffn="0.750x").ffn == "0.75x"
+    assert made(ffn="0.750x").ffn == made(ffn=0.75).ffn == "0.75x"
     assert width_of("0.75x", 1536) == 1152 and width_of(96, 1536) == 96
 
 
@@ -85,6 +96,10 @@ def test_words_for_sizes() -> None:
         ({"allocation": "owl", "sparsity": "2:4"}, "2:4 fixes it"),
         ({"retrain": -1}, "retrain: "),
         ({"heads": 0}, "heads: "),
+        ({"ffn": 0}, "ffn: at least 1 stays"),
+        ({"hidden": "0"}, "hidden: at least 1 stays"),
+        ({"hidden": 32, "iterations": 2}, "in the last round only"),
+        ({"retrain": 5, "retrain_tokens": 100}, "100 retrain_tokens holds no window of 256"),
         ({"ffn": "1.5x"}, "between 0x and 1x"),
         ({"latency": 1.2}, "between 0x and 1x"),
         ({"params": "many"}, "no number of parameters"),
