@@ -1,8 +1,8 @@
 """The engine: requests in, tokens out, one step at a time."""
 
 import random
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -16,22 +16,15 @@ from infopt.core.runtime.batch import build_batch
 from infopt.core.runtime.block_pool import BlockPool
 from infopt.core.runtime.kv_cache import KVCache, blocks_that_fit
 from infopt.core.runtime.model_runner import ModelRunner
+from infopt.core.runtime.prefix_cache import PrefixCache
+from infopt.core.runtime.prefix_store import PrefixStore
 from infopt.core.runtime.request import FinishReason, Request, SamplingParams, StepOutput
 from infopt.core.runtime.sampler import Choice, sample
-from infopt.core.runtime.scheduler import Scheduler
+from infopt.core.runtime.scheduler import Rules, Scheduler
+from infopt.core.runtime.stats import EngineStats, Meter
 
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """The engine as it stands between two steps."""
-
-    running: int
-    waiting: int
-    blocks_total: int
-    blocks_used: int
-    blocks_free: int
-    preemptions: int
-    steps: int
+# While a batch gathers, a step returns this often, so that aborts and new requests are heeded.
+_NAP_S = 0.002
 
 
 class Engine:
@@ -49,16 +42,22 @@ class Engine:
         self.eos_token_ids = eos_token_ids
         self._runner = runner
         self._pool = BlockPool(runner.cache.blocks)
+        self._prefix = (
+            PrefixCache(self._pool, runner.cache.block_size, runner.store)
+            if settings.prefix_caching
+            else None
+        )
         self._scheduler = Scheduler(
             self._pool,
+            _rules(settings, self._pool.total),
             block_size=runner.cache.block_size,
-            max_batch_tokens=settings.max_batch_tokens,
-            max_running=settings.max_running,
+            prefix=self._prefix,
         )
-        self._requests: dict[str, Request] = {}
+        self._requests: dict[str, list[Request]] = {}
+        """By id, the answers that are not complete."""
         self._aborted: list[StepOutput] = []
         self._seeds = random.Random(settings.seed)
-        self._steps = 0
+        self._meter = Meter()
 
     @classmethod
     def load(cls, artifact: Artifact, settings: EngineSettings) -> "Engine":
@@ -82,15 +81,25 @@ class Engine:
         cache = KVCache(
             config, blocks=blocks, block_size=settings.block_size, dtype=dtype, device=device
         )
+        store = PrefixStore(settings.prefix_host_bytes) if settings.prefix_host_bytes else None
         return cls(
-            ModelRunner(decoder, cache),
+            ModelRunner(decoder, cache, store),
             settings=settings,
             max_model_len=_held(limit, blocks * settings.block_size, settings),
             eos_token_ids=read_eos_token_ids(artifact),
         )
 
-    def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Queue a request.
+    def add(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> None:
+        """Queue a request; lower numbers of `priority` come first, and only requests with the same
+        `cache_salt` share what was computed for a prefix.
 
         Raises UsageError for a prompt that is empty, has tokens the model does not know, or with
         its `max_tokens` is longer than `max_model_len`, and for an id that is in use.
@@ -102,82 +111,128 @@ class Engine:
             raise UsageError("the prompt is empty")
         if not all(0 <= token < vocabulary for token in prompt):
             raise UsageError(f"the prompt has a token that is not among the model's {vocabulary}")
+        max_length = self._max_length(len(prompt), params.max_tokens)
+        drawn = self._seeds.getrandbits(63)
         request = Request(
             request_id=request_id,
             params=params,
             tokens=list(prompt),
-            max_length=self._max_length(len(prompt), params.max_tokens),
-            generator=torch.Generator(),
+            max_length=max_length,
+            generator=_seeded(drawn if params.seed is None else params.seed),
+            priority=priority,
+            cache_salt=cache_salt,
+            forks=params.n - 1,
         )
-        drawn = self._seeds.getrandbits(63)
-        request.generator.manual_seed(drawn if params.seed is None else params.seed)
-        self._requests[request_id] = request
+        self._requests[request_id] = [request]
         self._scheduler.add(request)
 
-    def abort(self, request_id: str) -> None:
-        """End a request; the next step says so. One that is over, or never was, is left alone."""
-        request = self._requests.get(request_id)
-        if request is not None:
-            self._finish(request)
-            self._aborted.append(StepOutput(request_id, finish_reason="abort"))
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or one of its answers; the next step says so.
+
+        What is over, or never was, is left alone.
+        """
+        for request in list(self._requests.get(request_id, ())):
+            if index in (None, request.index):
+                self._finish(request)
+                unborn = range(request.params.n - request.forks, request.params.n)
+                for each in (request.index, *unborn):
+                    self._aborted.append(StepOutput(request_id, finish_reason="abort", index=each))
 
     def step(self) -> list[StepOutput]:
         """Compute one batch and return what it added; requests that only caught up say nothing."""
         outputs, self._aborted = self._aborted, []
-        work = self._scheduler.schedule()
-        if not work:
+        began = time.perf_counter()
+        step = self._scheduler.schedule()
+        if not step.work:
+            if not outputs:
+                time.sleep(min(self._scheduler.gathers_for(), _NAP_S))
             return outputs
+        self._runner.move_blocks(step)
+        scheduled = time.perf_counter()
         cache, decoder = self._runner.cache, self._runner.decoder
         batch = build_batch(
-            work, block_size=cache.block_size, dtype=decoder.dtype, device=decoder.device
+            step.work, block_size=cache.block_size, dtype=decoder.dtype, device=decoder.device
         )
+        built = time.perf_counter()
         logits = self._runner.run(batch.inputs, batch.rows)
-        self._scheduler.advance(work)
-        self._steps += 1
-        requests = [item.request for item in batch.sampling]
+        ran = time.perf_counter()
+        self._scheduler.advance(step)
+        requests, rows = self._answers([item.request for item in batch.sampling])
+        if len(requests) > len(batch.sampling):
+            logits = logits[torch.tensor(rows, device=logits.device)]
         choices = sample(logits, [r.params for r in requests], [r.generator for r in requests])
-        return outputs + [
-            self._take(request, choice) for request, choice in zip(requests, choices, strict=True)
-        ]
+        outputs += [self._take(r, choice) for r, choice in zip(requests, choices, strict=True)]
+        tokens = sum(item.tokens for item in step.work)
+        self._meter.count(tokens, (began, scheduled, built, ran, time.perf_counter()))
+        return outputs
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to say."""
         return bool(self._requests or self._aborted)
 
     def stats(self) -> EngineStats:
+        scheduler, store, meter = self._scheduler, self._runner.store, self._meter
         return EngineStats(
-            running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
             blocks_total=self._pool.total,
             blocks_used=self._pool.used,
             blocks_free=self._pool.free,
-            preemptions=self._scheduler.preemptions,
-            steps=self._steps,
+            blocks_cached=self._pool.cached,
+            host_bytes=0 if store is None else store.nbytes,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            preemptions=scheduler.preemptions,
+            steps=meter.steps,
+            tokens=meter.tokens,
+            step_tokens=meter.step_tokens,
+            schedule_s=meter.schedule_s,
+            build_s=meter.build_s,
+            forward_s=meter.forward_s,
+            sample_s=meter.sample_s,
         )
 
     def check(self) -> None:
-        """Assert that every block is free or in exactly one table; for tests and for debugging."""
-        self._pool.check()
-        held = [block for request in self._requests.values() for block in request.blocks]
-        assert len(held) == len(set(held)) == self._pool.used
+        """Assert that every block is free or owned as often as it stands in tables; for tests."""
+        self._pool.check(request.blocks for group in self._requests.values() for request in group)
+
+    def _answers(self, sampling: list[Request]) -> tuple[list[Request], list[int]]:
+        """Who chooses a token now, and from which row of the logits.
+
+        A prompt that is computed and is to have several answers is forked into them here: they all
+        choose their first tokens from one row, and share the prompt's blocks.
+        """
+        requests, rows = [], []
+        for row, request in enumerate(sampling):
+            answers = [request]
+            for index in range(1, request.forks + 1):
+                answers.append(_child(request, index))
+                self._scheduler.fork(request, answers[-1])
+            self._requests[request.request_id] += answers[1:]
+            request.forks = 0
+            requests += answers
+            rows += [row] * len(answers)
+        return requests, rows
 
     def _take(self, request: Request, choice: Choice) -> StepOutput:
         """Add a chosen token to its request and see whether that ends it."""
-        name, token = request.request_id, choice.token_id
+        name, index, token = request.request_id, request.index, choice.token_id
         if token is None:
+            if self._prefix is not None:
+                self._prefix.forget(request)
             self._finish(request)
             fault = f"the logits after token {len(request.tokens)} are not finite"
-            return StepOutput(name, finish_reason="error", error=fault)
+            return StepOutput(name, finish_reason="error", error=fault, index=index)
         if self._stops(request.params, token):
             self._finish(request)
-            return StepOutput(name, finish_reason="stop")
+            return StepOutput(name, finish_reason="stop", index=index)
         request.tokens.append(token)
         reason: FinishReason | None = None
         if len(request.tokens) == request.max_length:
             self._finish(request)
             reason = "length"
         logprobs = None if choice.logprob is None else (choice.logprob,)
-        return StepOutput(name, (token,), reason, logprobs=logprobs)
+        return StepOutput(name, (token,), reason, logprobs=logprobs, index=index)
 
     def _stops(self, params: SamplingParams, token: int) -> bool:
         ends = not params.ignore_eos and token in self.eos_token_ids
@@ -185,7 +240,10 @@ class Engine:
 
     def _finish(self, request: Request) -> None:
         self._scheduler.remove(request)
-        del self._requests[request.request_id]
+        group = self._requests[request.request_id]
+        group.remove(request)
+        if not group:
+            del self._requests[request.request_id]
 
     def _max_length(self, prompt: int, max_tokens: int | None) -> int:
         length = self.max_model_len if max_tokens is None else prompt + max_tokens
@@ -196,6 +254,35 @@ class Engine:
                 "shorten the prompt, lower max_tokens, or raise --max-model-len or --kv-blocks",
             )
         return length
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed % 2**63)
+
+
+def _child(parent: Request, index: int) -> Request:
+    """The `index`th answer to the parent's prompt, drawn as if it were alone with a seed later."""
+    return Request(
+        request_id=parent.request_id,
+        params=parent.params,
+        tokens=list(parent.tokens),
+        max_length=parent.max_length,
+        generator=_seeded(parent.generator.initial_seed() + index),
+        index=index,
+        priority=parent.priority,
+        cache_salt=parent.cache_salt,
+    )
+
+
+def _rules(settings: EngineSettings, blocks: int) -> Rules:
+    return Rules(
+        max_batch_tokens=settings.max_batch_tokens,
+        max_running=settings.max_running,
+        max_chunk_tokens=settings.max_chunk_tokens,
+        watermark=int(settings.watermark * blocks),
+        batching=settings.batching,
+        batch_wait_s=settings.batch_wait_s,
+    )
 
 
 def read_eos_token_ids(artifact: Artifact) -> frozenset[int]:

@@ -1,12 +1,20 @@
 """The paged KV cache: one tensor a layer, laid out as the attention kernels want it."""
 
+from collections.abc import Sequence
+
 import psutil
 import torch
 from torch import Tensor
 
 from infopt.core.errors import ResourceError
 from infopt.core.models.config import ModelConfig
-from infopt.kernels.attention.cache import new_cache, token_bytes
+from infopt.kernels.attention.cache import (
+    copy_blocks,
+    new_cache,
+    read_blocks,
+    token_bytes,
+    write_blocks,
+)
 
 # Of the memory that is free once the weights are loaded; the rest is for activations and others.
 _CPU_SHARE = 0.5
@@ -38,6 +46,28 @@ class KVCache:
                 f"no memory for a KV cache of {size / 2**30:.1f} GiB on {device}",
                 "ask for fewer blocks: --kv-blocks",
             ) from error
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks, each (source, target), in every layer."""
+        sources, targets = (self._index(blocks) for blocks in zip(*pairs, strict=True))
+        for layer in self.layers:
+            copy_blocks(layer, sources, targets)
+
+    def read(self, blocks: Sequence[int]) -> list[Tensor]:
+        """What each block holds, all layers in one tensor in host memory."""
+        index = self._index(blocks)
+        contents = torch.stack([read_blocks(layer, index) for layer in self.layers], dim=1).cpu()
+        # Each its own: a view would keep the others alive.
+        return [block.clone() for block in contents]
+
+    def write(self, blocks: Sequence[int], contents: Sequence[Tensor]) -> None:
+        """Put back what `read` gave."""
+        index, stacked = self._index(blocks), torch.stack(list(contents), dim=1)
+        for layer, content in zip(self.layers, stacked, strict=True):
+            write_blocks(layer, index, content)
+
+    def _index(self, blocks: Sequence[int]) -> Tensor:
+        return torch.tensor(blocks, dtype=torch.int64, device=self.layers[0].device)
 
 
 def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:

@@ -10,6 +10,7 @@ from infopt.core.errors import UsageError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_LOGPROBS = 20
+MAX_SAMPLES = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,8 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     """Also give each token's log probability, and those of this many most likely tokens."""
+    n: int = 1
+    """Answers to draw from one prompt: the first as if it were alone, each next with `seed` + 1."""
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -45,6 +48,8 @@ class SamplingParams:
             raise UsageError(f"seed must be from 0 to 2**63 - 1 (got {self.seed})")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise UsageError(f"logprobs must be from 0 to {MAX_LOGPROBS} (got {self.logprobs})")
+        if not 1 <= self.n <= MAX_SAMPLES:
+            raise UsageError(f"n must be from 1 to {MAX_SAMPLES} (got {self.n})")
         if isinstance(self.stop, str) or "" in self.stop:
             raise UsageError("stop must be a tuple of strings that are not empty")
 
@@ -71,6 +76,8 @@ class StepOutput:
     finish_reason: FinishReason | None = None
     error: str | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+    index: int = 0
+    """Which of the request's answers, where it asked for several."""
 
 
 @dataclass(slots=True, eq=False)
@@ -88,6 +95,24 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
+    index: int = 0
+    """Which of the answers to one prompt this is."""
+    priority: int = 0
+    """The lower, the earlier."""
+    cache_salt: str = ""
+    """Prefixes are shared only with requests of the same salt."""
+    order: tuple[int, int, int] = (0, 0, 0)
+    """Priority, arrival, index: whose turn it is; the scheduler sets it."""
+    arrived: float = 0.0
+    """When, by the scheduler's clock."""
+    joined: bool = False
+    """Whether it has ever run: what was preempted may come back into its batch."""
+    forks: int = 0
+    """Further answers that are to come from it once its prompt is computed."""
+    digests: list[bytes] = field(default_factory=list)
+    """The names of its first full blocks, as far as they were ever asked for."""
+    published: int = 0
+    """Its first blocks that others may find."""
 
     @property
     def pending(self) -> int:

@@ -44,3 +44,18 @@ def by_slot(cache: Tensor) -> Tensor:
 def write_kv(cache: Tensor, key_value: Tensor, slots: Tensor) -> None:
     """Write T tokens' keys, then values, [T, 2 * kv_heads, head_dim], into `slots` [T]."""
     by_slot(cache).index_copy_(0, slots, key_value.flatten(1))
+
+
+def copy_blocks(cache: Tensor, sources: Tensor, targets: Tensor) -> None:
+    """Copy whole blocks, int64 [N] to [N]; no block is a target twice, nor a source as well."""
+    cache.index_copy_(0, targets, cache.index_select(0, sources))
+
+
+def read_blocks(cache: Tensor, blocks: Tensor) -> Tensor:
+    """The contents of `blocks` int64 [N]: [N, block_size, 2, kv_heads, head_dim], a copy."""
+    return cache.index_select(0, blocks)
+
+
+def write_blocks(cache: Tensor, blocks: Tensor, contents: Tensor) -> None:
+    """Put what `read_blocks` gave into `blocks` int64 [N], which are all different."""
+    cache.index_copy_(0, blocks, contents.to(cache.device))
