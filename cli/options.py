@@ -14,6 +14,12 @@ class DeviceWord(StrEnum):
     cuda = "cuda"
 
 
+class BatchingWord(StrEnum):
+    static = "static"
+    dynamic = "dynamic"
+    continuous = "continuous"
+
+
 class DTypeWord(StrEnum):
     auto = "auto"
     float32 = "float32"
@@ -111,12 +117,61 @@ MaxBatchTokens = Annotated[
     int | None,
     typer.Option("--max-batch-tokens", help="Tokens computed in one step.", show_default="512"),
 ]
+MaxChunkTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-chunk-tokens",
+        help="Of these, tokens of one prompt.",
+        show_default="what running requests leave",
+    ),
+]
 MaxRunning = Annotated[
     int | None, typer.Option("--max-running", help="Requests in one step.", show_default="32")
 ]
 MaxModelLen = Annotated[
     int | None,
     typer.Option("--max-model-len", help="Longest prompt plus output.", show_default="the model's"),
+]
+Batching = Annotated[
+    BatchingWord | None,
+    typer.Option(
+        "--batching",
+        help="When requests join: once the batch before has ended (static); the same, once the "
+        "batch is full or has waited (dynamic); at any step (continuous).",
+        show_default="continuous",
+    ),
+]
+BatchWaitMs = Annotated[
+    float | None,
+    typer.Option(
+        "--batch-wait-ms",
+        help="How long a dynamic batch waits to be full.",
+        show_default="50",
+    ),
+]
+Watermark = Annotated[
+    float | None,
+    typer.Option(
+        "--watermark",
+        help="Share of the KV blocks left free when a request joins others.",
+        show_default="0.01",
+    ),
+]
+PrefixCaching = Annotated[
+    bool | None,
+    typer.Option(
+        "--prefix-caching/--no-prefix-caching",
+        help="Compute a beginning that requests have in common once.",
+        show_default="prefix-caching",
+    ),
+]
+PrefixHostBytes = Annotated[
+    int | None,
+    typer.Option(
+        "--prefix-host-bytes",
+        help="Host memory for prefixes that the KV pool gave up.",
+        show_default="0",
+    ),
 ]
 
 

@@ -29,8 +29,14 @@ def serve(
     block_size: opt.BlockSize = None,
     kv_blocks: opt.KvBlocks = None,
     max_batch_tokens: opt.MaxBatchTokens = None,
+    max_chunk_tokens: opt.MaxChunkTokens = None,
     max_running: opt.MaxRunning = None,
     max_model_len: opt.MaxModelLen = None,
+    batching: opt.Batching = None,
+    batch_wait_ms: opt.BatchWaitMs = None,
+    watermark: opt.Watermark = None,
+    prefix_caching: opt.PrefixCaching = None,
+    prefix_host_bytes: opt.PrefixHostBytes = None,
     ask: Annotated[
         list[str] | None,
         typer.Option(
@@ -59,8 +65,14 @@ def serve(
         "block_size": block_size,
         "kv_blocks": kv_blocks,
         "max_batch_tokens": max_batch_tokens,
+        "max_chunk_tokens": max_chunk_tokens,
         "max_running": max_running,
         "max_model_len": max_model_len,
+        "batching": batching,
+        "batch_wait_ms": batch_wait_ms,
+        "watermark": watermark,
+        "prefix_caching": prefix_caching,
+        "prefix_host_bytes": prefix_host_bytes,
         "ask": tuple(ask) if ask else None,
     }
     common = opt.Common(

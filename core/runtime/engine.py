@@ -89,17 +89,8 @@ class Engine:
             eos_token_ids=read_eos_token_ids(artifact),
         )
 
-    def add(
-        self,
-        request_id: str,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        *,
-        priority: int = 0,
-        cache_salt: str = "",
-    ) -> None:
-        """Queue a request; lower numbers of `priority` come first, and only requests with the same
-        `cache_salt` share what was computed for a prefix.
+    def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Queue a request.
 
         Raises UsageError for a prompt that is empty, has tokens the model does not know, or with
         its `max_tokens` is longer than `max_model_len`, and for an id that is in use.
@@ -119,8 +110,6 @@ class Engine:
             tokens=list(prompt),
             max_length=max_length,
             generator=_seeded(drawn if params.seed is None else params.seed),
-            priority=priority,
-            cache_salt=cache_salt,
             forks=params.n - 1,
         )
         self._requests[request_id] = [request]
@@ -269,8 +258,6 @@ def _child(parent: Request, index: int) -> Request:
         max_length=parent.max_length,
         generator=_seeded(parent.generator.initial_seed() + index),
         index=index,
-        priority=parent.priority,
-        cache_salt=parent.cache_salt,
     )
 
 

@@ -17,7 +17,7 @@ class Tier(Protocol):
 
 def root_digest(salt: str) -> bytes:
     """What the chain of a sequence begins with: other salts, other chains, nothing shared."""
-    return hashlib.sha256(salt.encode()).digest()
+    return hashlib.sha256(salt.encode(errors="surrogatepass")).digest()
 
 
 def block_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
@@ -30,7 +30,7 @@ def block_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
 
 def extend_digests(digests: list[bytes], request: Request, block_size: int, count: int) -> None:
     """Make `digests` those of the request's first `count` blocks, all full, or leave it longer."""
-    parent = digests[-1] if digests else root_digest(request.cache_salt)
+    parent = digests[-1] if digests else root_digest(request.params.cache_salt)
     for index in range(len(digests), count):
         parent = block_digest(parent, request.tokens[index * block_size : (index + 1) * block_size])
         digests.append(parent)

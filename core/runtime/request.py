@@ -15,7 +15,9 @@ MAX_SAMPLES = 128
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose the tokens of one request; raises UsageError for a value out of its range.
+    """What one request asks for: how to choose its tokens, when, and what it shares.
+
+    Raises UsageError for a value out of its range.
 
     `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 set no limit; `max_tokens` None means up to
     the engine's longest sequence. Stop strings are for whoever turns tokens into text: the engine
@@ -34,6 +36,10 @@ class SamplingParams:
     """Also give each token's log probability, and those of this many most likely tokens."""
     n: int = 1
     """Answers to draw from one prompt: the first as if it were alone, each next with `seed` + 1."""
+    priority: int = 0
+    """Lower numbers come first."""
+    cache_salt: str = ""
+    """Only requests with the same salt share what was computed for a beginning they share."""
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -50,6 +56,8 @@ class SamplingParams:
             raise UsageError(f"logprobs must be from 0 to {MAX_LOGPROBS} (got {self.logprobs})")
         if not 1 <= self.n <= MAX_SAMPLES:
             raise UsageError(f"n must be from 1 to {MAX_SAMPLES} (got {self.n})")
+        if not -(2**31) <= self.priority < 2**31:
+            raise UsageError(f"priority must be a 32-bit number (got {self.priority})")
         if isinstance(self.stop, str) or "" in self.stop:
             raise UsageError("stop must be a tuple of strings that are not empty")
 
@@ -97,10 +105,6 @@ class Request:
     """Tokens whose keys and values are in the cache."""
     index: int = 0
     """Which of the answers to one prompt this is."""
-    priority: int = 0
-    """The lower, the earlier."""
-    cache_salt: str = ""
-    """Prefixes are shared only with requests of the same salt."""
     order: tuple[int, int, int] = (0, 0, 0)
     """Priority, arrival, index: whose turn it is; the scheduler sets it."""
     arrived: float = 0.0

@@ -100,7 +100,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request; the caller has seen that the whole pool can hold it at its longest."""
-        request.order = (request.priority, next(self._arrivals), request.index)
+        request.order = (request.params.priority, next(self._arrivals), request.index)
         request.arrived = self._clock()
         insort(self.waiting, request, key=_order)
 
@@ -158,7 +158,7 @@ class Scheduler:
         """Seconds until the batch that gathers is due; 0 where none does."""
         if self.running or not self.waiting or self.rules.batching != "dynamic":
             return 0.0
-        if len(self.waiting) >= self.rules.max_running:
+        if len(self.waiting) >= self.rules.max_running or self.waiting[0].joined:
             return 0.0
         oldest = min(request.arrived for request in self.waiting)
         return max(0.0, oldest + self.rules.batch_wait_s - self._clock())
@@ -210,12 +210,12 @@ class Scheduler:
 
     def _yield_to(self, request: Request) -> bool:
         """Preempt what is of lower priority until the request fits, if that can be enough."""
-        below = [other for other in self.running if other.priority > request.priority]
+        below = [other for other in self.running if other.order[0] > request.order[0]]
         held = sum(len(other.blocks) for other in below)
         if not below or self._wanted(request) > self.pool.free + held:
             return False
         while not self._fits(request):
-            if self.running[-1].priority <= request.priority:
+            if self.running[-1].order[0] <= request.order[0]:
                 return False
             self._preempt(self.running[-1])
         return True

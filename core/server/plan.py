@@ -26,7 +26,7 @@ def plan_serve(artifact: Artifact, settings: EngineSettings) -> Plan:
     dtype: torch.dtype = getattr(torch, choose_dtype(settings.dtype, name))
     weights = weight_bytes(artifact, dtype)
     dense = artifact.summary().parameters * dtype.itemsize
-    held = _word(dtype) if weights == dense else f"int8 and {_word(dtype)}"
+    stored = _word(dtype) if weights == dense else f"int8 and {_word(dtype)}"
     longest = settings.max_model_len or config.full_attention_positions
     blocks = settings.kv_blocks or blocks_that_fit(
         config,
@@ -37,9 +37,12 @@ def plan_serve(artifact: Artifact, settings: EngineSettings) -> Plan:
     )
     cache = blocks * block_bytes(config, settings.block_size, dtype)
     actions = [
-        f"load {artifact.name}: {_size(weights)} of weights as {held} on {name}",
+        f"load {artifact.name}: {_size(weights)} of weights as {stored} on {name}",
         f"hold a KV cache of {blocks} blocks of {settings.block_size} tokens: {_size(cache)}",
     ]
+    if settings.prefix_host_bytes:
+        held = _size(settings.prefix_host_bytes)
+        actions.append(f"keep up to {held} of prefixes that the cache gave up in host memory")
     if (form := kv_format(artifact)) is not None:
         actions.append(
             f"keep keys and values as {_word(dtype)}: the engine has no {form} KV cache, "
@@ -51,7 +54,7 @@ def plan_serve(artifact: Artifact, settings: EngineSettings) -> Plan:
     return Plan(
         command="serve",
         actions=tuple(actions),
-        memory_bytes=weights + cache + _PROCESSES_BYTES,
+        memory_bytes=weights + cache + settings.prefix_host_bytes + _PROCESSES_BYTES,
     )
 
 

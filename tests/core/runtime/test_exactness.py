@@ -28,12 +28,12 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
     return torch.randint(97, (length,), generator=generator).tolist()
 
 
-def greedy(n: int = 1) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, n=n)
+def greedy(n: int = 1, salt: str = "") -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, n=n, cache_salt=salt)
 
 
-def drawn(seed: int, n: int = 1) -> SamplingParams:
-    return SamplingParams(max_tokens=6, temperature=0.8, top_p=0.9, seed=seed, n=n)
+def drawn(seed: int, n: int = 1, priority: int = 0) -> SamplingParams:
+    return SamplingParams(6, temperature=0.8, top_p=0.9, seed=seed, n=n, priority=priority)
 
 
 def finish(engine: Engine) -> Answers:
@@ -170,7 +170,7 @@ def test_a_request_does_not_depend_on_its_neighbours(
             singly[str(index), answer] = finish(alone)[str(index), 0]
     for turn in range(2):
         for index, prompt in enumerate(prompts):
-            crowded.add(str(index), prompt, drawn(10 * index, n), priority=lengths[index][1])
+            crowded.add(str(index), prompt, drawn(10 * index, n, lengths[index][1]))
         assert finish(crowded) == singly, f"turn {turn}"
 
 
@@ -232,7 +232,7 @@ def test_salts_share_nothing(make_engine: MakeEngine) -> None:
     made = []
     for salt in ("", "tenant a", "tenant b", "tenant a"):
         before = engine.stats().prefix_hits
-        engine.add("x", prompt_of(17), greedy(), cache_salt=salt)
+        engine.add("x", prompt_of(17), greedy(salt=salt))
         made.append((finish(engine), engine.stats().prefix_hits - before))
     assert [hits for _, hits in made] == [0, 0, 0, 16]
     assert all(answer == made[0][0] for answer, _ in made)
@@ -304,9 +304,12 @@ def test_a_soak_leaves_no_block_behind(make_engine: MakeEngine) -> None:
         while begun < 2000 and len(live) < 12:
             prompt = [*prompt_of(chance.randrange(4), seed=chance.randrange(3)), begun % 97]
             params = SamplingParams(
-                max_tokens=chance.randint(1, 3), ignore_eos=True, n=chance.choice((1, 1, 1, 3))
+                max_tokens=chance.randint(1, 3),
+                ignore_eos=True,
+                n=chance.choice((1, 1, 1, 3)),
+                priority=chance.randrange(2),
             )
-            engine.add(str(begun), prompt, params, priority=chance.randrange(2))
+            engine.add(str(begun), prompt, params)
             live |= {(str(begun), index) for index in range(params.n)}
             begun += 1
         if live and chance.random() < 0.2:

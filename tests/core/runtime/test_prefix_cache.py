@@ -15,7 +15,7 @@ from infopt.core.runtime.request import Request, SamplingParams
 
 
 def make_request(tokens: list[int], salt: str = "") -> Request:
-    return Request("x", SamplingParams(), tokens, 100, torch.Generator(), cache_salt=salt)
+    return Request("x", SamplingParams(cache_salt=salt), tokens, 100, torch.Generator())
 
 
 def computed(pool: BlockPool, cache: PrefixCache, tokens: list[int], salt: str = "") -> Request:

@@ -39,7 +39,7 @@ def make_request(
     name: str, prompt: int | list[int], longest: int = 100, priority: int = 0
 ) -> Request:
     tokens = [0] * prompt if isinstance(prompt, int) else list(prompt)
-    return Request(name, SamplingParams(), tokens, longest, torch.Generator(), priority=priority)
+    return Request(name, SamplingParams(priority=priority), tokens, longest, torch.Generator())
 
 
 def run_step(scheduler: Scheduler) -> dict[str, int]:

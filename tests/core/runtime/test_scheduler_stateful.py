@@ -120,15 +120,8 @@ class Random(RuleBasedStateMachine):
 
     def request(self, tokens: list[int], longest: int, priority: int, salt: str) -> Request:
         self.count += 1
-        made = Request(
-            str(self.count),
-            SamplingParams(),
-            tokens,
-            longest,
-            torch.Generator(),
-            priority=priority,
-            cache_salt=salt,
-        )
+        params = SamplingParams(priority=priority, cache_salt=salt)
+        made = Request(str(self.count), params, tokens, longest, torch.Generator())
         self.live.append(made)
         return made
 
@@ -157,7 +150,10 @@ class Random(RuleBasedStateMachine):
     def fork(self, data: st.DataObject) -> None:
         parent = data.draw(st.sampled_from(self.live))
         child = self.request(
-            list(parent.tokens), parent.max_length, parent.priority, parent.cache_salt
+            list(parent.tokens),
+            parent.max_length,
+            parent.params.priority,
+            parent.params.cache_salt,
         )
         child.index = self.count
         if parent in self.scheduler.running and parent.pending == 1:

@@ -28,6 +28,8 @@ entries = st.builds(
         ignore_eos=st.booleans(),
         logprobs=st.none() | st.integers(0, 20),
         n=st.integers(1, 128),
+        priority=st.integers(-(2**31), 2**31 - 1),
+        cache_salt=st.text(),
     )
 )
 def test_params_travel_unchanged(params: SamplingParams) -> None:

@@ -35,3 +35,12 @@ def test_a_quantized_cache_is_said_to_be_unused(tiny_model: Path) -> None:
     plan = plan_serve(artifact, EngineSettings(max_running=2, max_model_len=64, dtype="float32"))
     assert len(plan.actions) == 3 and "the engine has no fp8 KV cache" in plan.actions[2]
     assert "of weights as float32" in plan.actions[0]
+
+
+def test_a_second_tier_takes_memory_too(tiny_model: Path) -> None:
+    settings = EngineSettings(max_running=2, max_model_len=64)
+    plan = plan_serve(read_artifact(tiny_model), settings)
+    more = settings.model_copy(update={"prefix_host_bytes": 2**30})
+    tiered = plan_serve(read_artifact(tiny_model), more)
+    assert tiered.memory_bytes - plan.memory_bytes == 2**30
+    assert "1.00 GiB of prefixes" in tiered.actions[2]
