@@ -10,6 +10,7 @@ from infopt.core.artifact.read import Artifact, read_json
 from infopt.core.errors import ResourceError, UnsupportedError, UsageError
 from infopt.core.hardware.choose import choose_device, choose_dtype
 from infopt.core.models.config import ModelConfig, token_ids
+from infopt.core.models.decoder import Decoder
 from infopt.core.models.load import load_decoder
 from infopt.core.recipe.serve import EngineSettings
 from infopt.core.runtime.batch import build_batch
@@ -22,6 +23,7 @@ from infopt.core.runtime.request import FinishReason, Request, SamplingParams, S
 from infopt.core.runtime.sampler import Choice, sample
 from infopt.core.runtime.scheduler import Rules, Scheduler
 from infopt.core.runtime.stats import EngineStats, Meter
+from infopt.core.runtime.step_memory import computed_step_bytes, measured_step_bytes
 
 # While a batch gathers, a step returns this often, so that aborts and new requests are heeded.
 _NAP_S = 0.002
@@ -77,6 +79,7 @@ class Engine:
             dtype=dtype,
             device=device,
             enough=settings.max_running * -(-limit // settings.block_size),
+            step_bytes=_step_bytes(decoder, settings),
         )
         cache = KVCache(
             config, blocks=blocks, block_size=settings.block_size, dtype=dtype, device=device
@@ -259,6 +262,16 @@ def _child(parent: Request, index: int) -> Request:
         generator=_seeded(parent.generator.initial_seed() + index),
         index=index,
     )
+
+
+def _step_bytes(decoder: Decoder, settings: EngineSettings) -> int:
+    """What the largest step takes: measured on a GPU, computed on a CPU, where a step is slow."""
+    tokens, rows = settings.max_batch_tokens, settings.max_running
+    if decoder.device.type == "cuda":
+        return measured_step_bytes(
+            decoder, tokens=tokens, rows=rows, block_size=settings.block_size
+        )
+    return computed_step_bytes(decoder.config, tokens=tokens, rows=rows, dtype=decoder.dtype)
 
 
 def _rules(settings: EngineSettings, blocks: int) -> Rules:

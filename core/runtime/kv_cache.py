@@ -16,9 +16,9 @@ from infopt.kernels.attention.cache import (
     write_blocks,
 )
 
-# Of the memory that is free once the weights are loaded; the rest is for activations and others.
+# Of the memory that is free once weights and the largest step are in it; the rest is for others.
 _CPU_SHARE = 0.5
-_CUDA_SHARE = 0.85
+_CUDA_SHARE = 0.9
 
 
 class KVCache:
@@ -76,17 +76,24 @@ def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int
 
 
 def blocks_that_fit(
-    config: ModelConfig, *, block_size: int, dtype: torch.dtype, device: torch.device, enough: int
+    config: ModelConfig,
+    *,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    enough: int,
+    step_bytes: int,
 ) -> int:
-    """Blocks in a share of the memory that is free now, at most `enough`.
+    """Blocks in a share of the memory that is free now less `step_bytes`, at most `enough`.
 
     Raises ResourceError where not even one fits.
     """
     if device.type == "cuda":
-        free = int(torch.cuda.mem_get_info(device)[0] * _CUDA_SHARE)
+        free = int((torch.cuda.mem_get_info(device)[0] - step_bytes) * _CUDA_SHARE)
     else:
-        free = int(psutil.virtual_memory().available * _CPU_SHARE)
+        free = int((psutil.virtual_memory().available - step_bytes) * _CPU_SHARE)
     one = block_bytes(config, block_size, dtype)
+    one += one // config.layers  # attention gathers what it reads, a layer at a time
     if free < one:
         raise ResourceError(
             f"the free memory of {device} does not hold one KV block of {one / 2**20:.0f} MiB"

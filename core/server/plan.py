@@ -10,6 +10,7 @@ from infopt.core.models.load import weight_bytes
 from infopt.core.recipe.serve import EngineSettings, ServeSettings
 from infopt.core.reports.schema import Plan
 from infopt.core.runtime.kv_cache import block_bytes, blocks_that_fit
+from infopt.core.runtime.step_memory import computed_step_bytes
 
 # Interpreter, torch and transformers in the engine process, and the API process beside it.
 _PROCESSES_BYTES = 900 * 2**20
@@ -28,12 +29,16 @@ def plan_serve(artifact: Artifact, settings: EngineSettings) -> Plan:
     dense = artifact.summary().parameters * dtype.itemsize
     stored = _word(dtype) if weights == dense else f"int8 and {_word(dtype)}"
     longest = settings.max_model_len or config.full_attention_positions
+    step_bytes = computed_step_bytes(
+        config, tokens=settings.max_batch_tokens, rows=settings.max_running, dtype=dtype
+    )
     blocks = settings.kv_blocks or blocks_that_fit(
         config,
         block_size=settings.block_size,
         dtype=dtype,
         device=torch.device(name),
         enough=settings.max_running * -(-longest // settings.block_size),
+        step_bytes=step_bytes,
     )
     cache = blocks * block_bytes(config, settings.block_size, dtype)
     actions = [
@@ -54,7 +59,7 @@ def plan_serve(artifact: Artifact, settings: EngineSettings) -> Plan:
     return Plan(
         command="serve",
         actions=tuple(actions),
-        memory_bytes=weights + cache + settings.prefix_host_bytes + _PROCESSES_BYTES,
+        memory_bytes=weights + cache + step_bytes + settings.prefix_host_bytes + _PROCESSES_BYTES,
     )
 
 
