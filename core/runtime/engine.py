@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from infopt.core.artifact.read import Artifact, read_json
 from infopt.core.errors import ResourceError, UnsupportedError, UsageError
@@ -14,6 +15,7 @@ from infopt.core.models.decoder import Decoder
 from infopt.core.models.load import load_decoder
 from infopt.core.recipe.serve import EngineSettings
 from infopt.core.runtime.batch import build_batch
+from infopt.core.runtime.beam_group import BeamGroup
 from infopt.core.runtime.block_pool import BlockPool
 from infopt.core.runtime.kv_cache import KVCache, blocks_that_fit
 from infopt.core.runtime.model_runner import ModelRunner
@@ -51,12 +53,13 @@ class Engine:
         )
         self._scheduler = Scheduler(
             self._pool,
-            _rules(settings, self._pool.total),
+            _rules(settings, self._pool.total, runner.decoder.config.sliding_window),
             block_size=runner.cache.block_size,
             prefix=self._prefix,
         )
         self._requests: dict[str, list[Request]] = {}
-        """By id, the answers that are not complete."""
+        """By id, the answers that are not complete, or the beams."""
+        self._beams: dict[str, BeamGroup] = {}
         self._aborted: list[StepOutput] = []
         self._seeds = random.Random(settings.seed)
         self._meter = Meter()
@@ -112,23 +115,27 @@ class Engine:
             params=params,
             tokens=list(prompt),
             max_length=max_length,
-            generator=_seeded(drawn if params.seed is None else params.seed),
-            forks=params.n - 1,
+            generator=torch.Generator().manual_seed(drawn if params.seed is None else params.seed),
+            forks=0 if params.beam_width > 1 else params.n - 1,
         )
+        if params.beam_width > 1:
+            self._beams[request_id] = BeamGroup(request, self.eos_token_ids)
         self._requests[request_id] = [request]
         self._scheduler.add(request)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
-        """End a request, or one of its answers; the next step says so.
+        """End a request, or one of its answers that has begun; the next step says so.
 
         What is over, or never was, is left alone.
         """
+        if index is None or request_id in self._beams:
+            if request_id in self._requests:
+                self._aborted += self._end_all(request_id, "abort")
+            return
         for request in list(self._requests.get(request_id, ())):
-            if index in (None, request.index):
+            if request.index == index:
                 self._finish(request)
-                unborn = range(request.params.n - request.forks, request.params.n)
-                for each in (request.index, *unborn):
-                    self._aborted.append(StepOutput(request_id, finish_reason="abort", index=each))
+                self._aborted.append(StepOutput(request_id, finish_reason="abort", index=index))
 
     def step(self) -> list[StepOutput]:
         """Compute one batch and return what it added; requests that only caught up say nothing."""
@@ -149,9 +156,11 @@ class Engine:
         logits = self._runner.run(batch.inputs, batch.rows)
         ran = time.perf_counter()
         self._scheduler.advance(step)
-        requests, rows = self._answers([item.request for item in batch.sampling])
-        if len(requests) > len(batch.sampling):
-            logits = logits[torch.tensor(rows, device=logits.device)]
+        sampling = [item.request for item in batch.sampling]
+        outputs += self._extend_beams(sampling, logits)
+        requests, rows = self._answers(sampling)
+        if rows != list(range(len(sampling))):
+            logits = logits[torch.tensor(rows, dtype=torch.int64, device=logits.device)]
         choices = sample(logits, [r.params for r in requests], [r.generator for r in requests])
         outputs += [self._take(r, choice) for r, choice in zip(requests, choices, strict=True)]
         tokens = sum(item.tokens for item in step.work)
@@ -194,17 +203,55 @@ class Engine:
         A prompt that is computed and is to have several answers is forked into them here: they all
         choose their first tokens from one row, and share the prompt's blocks.
         """
-        requests, rows = [], []
+        requests: list[Request] = []
+        rows: list[int] = []
         for row, request in enumerate(sampling):
+            if request.params.beam_width > 1:
+                continue
             answers = [request]
             for index in range(1, request.forks + 1):
-                answers.append(_child(request, index))
+                answers.append(request.fork(index))
                 self._scheduler.fork(request, answers[-1])
             self._requests[request.request_id] += answers[1:]
             request.forks = 0
             requests += answers
             rows += [row] * len(answers)
         return requests, rows
+
+    def _extend_beams(self, sampling: list[Request], logits: Tensor) -> list[StepOutput]:
+        """Hand beams their logits; those of a request go on, or end, when all have theirs."""
+        outputs: list[StepOutput] = []
+        for row, request in enumerate(sampling):
+            name, group = request.request_id, self._beams.get(request.request_id)
+            if group is None:
+                continue
+            if not group.hold(request, logits[row]):
+                fault = f"the logits after token {len(request.tokens)} are not finite"
+                outputs += self._end_all(name, "error", fault)
+            elif group.is_ready:
+                born, gone = group.advance(self._scheduler)
+                self._requests[name] += born
+                if not group.members:
+                    outputs += group.answers()
+                    del self._beams[name]
+                for each in gone:
+                    self._finish(each)
+        return outputs
+
+    def _end_all(
+        self, name: str, reason: FinishReason, error: str | None = None
+    ) -> list[StepOutput]:
+        """End a request with all its answers, begun or not."""
+        group = list(self._requests[name])
+        unborn = range(group[0].params.n - group[0].forks, group[0].params.n)
+        indices = [*(request.index for request in group), *unborn]
+        if self._beams.pop(name, None) is not None:
+            indices = list(range(group[0].params.n))
+        for request in group:
+            if self._prefix is not None and error is not None:
+                self._prefix.forget(request)
+            self._finish(request)
+        return [StepOutput(name, finish_reason=reason, error=error, index=i) for i in indices]
 
     def _take(self, request: Request, choice: Choice) -> StepOutput:
         """Add a chosen token to its request and see whether that ends it."""
@@ -248,22 +295,6 @@ class Engine:
         return length
 
 
-def _seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed % 2**63)
-
-
-def _child(parent: Request, index: int) -> Request:
-    """The `index`th answer to the parent's prompt, drawn as if it were alone with a seed later."""
-    return Request(
-        request_id=parent.request_id,
-        params=parent.params,
-        tokens=list(parent.tokens),
-        max_length=parent.max_length,
-        generator=_seeded(parent.generator.initial_seed() + index),
-        index=index,
-    )
-
-
 def _step_bytes(decoder: Decoder, settings: EngineSettings) -> int:
     """What the largest step takes: measured on a GPU, computed on a CPU, where a step is slow."""
     tokens, rows = settings.max_batch_tokens, settings.max_running
@@ -274,7 +305,7 @@ def _step_bytes(decoder: Decoder, settings: EngineSettings) -> int:
     return computed_step_bytes(decoder.config, tokens=tokens, rows=rows, dtype=decoder.dtype)
 
 
-def _rules(settings: EngineSettings, blocks: int) -> Rules:
+def _rules(settings: EngineSettings, blocks: int, window: int | None) -> Rules:
     return Rules(
         max_batch_tokens=settings.max_batch_tokens,
         max_running=settings.max_running,
@@ -282,6 +313,7 @@ def _rules(settings: EngineSettings, blocks: int) -> Rules:
         watermark=int(settings.watermark * blocks),
         batching=settings.batching,
         batch_wait_s=settings.batch_wait_s,
+        window=window,
     )
 
 

@@ -106,8 +106,10 @@ class Scheduler:
 
     def remove(self, request: Request) -> None:
         """Forget a request, wherever it is, and free its blocks."""
-        place = self.running if request in self.running else self.waiting
-        del place[bisect_left(place, request.order, key=_order)]
+        for place in (self.running, self.waiting):
+            index = bisect_left(place, request.order, key=_order)
+            if place[index : index + 1] == [request]:
+                del place[index]
         self._free(request)
 
     def fork(self, parent: Request, child: Request) -> None:
@@ -128,6 +130,11 @@ class Scheduler:
                 self.pool.share(block)
         insort(self.running, child, key=_order)
 
+    def resume(self, request: Request) -> None:
+        """It has got a token: queue it again if it lost its place while it was waiting for one."""
+        if request not in self.running and request not in self.waiting:
+            insort(self.waiting, request, key=_order)
+
     def schedule(self) -> Step:
         """The next step; without work only if there are no requests, or while a batch gathers."""
         self._budget = self.rules.max_batch_tokens
@@ -136,6 +143,10 @@ class Scheduler:
         self._catch_up(chunks=False)
         self._catch_up(chunks=True)
         if self.preemptions == before:
+            self._admit()
+        while not self._planned and self.running and self.waiting:
+            # All that run are beams that wait for others, and those for their places.
+            self._preempt(self.running[-1])
             self._admit()
         spills, self.pool.evicted = self.pool.evicted, []
         return Step(
@@ -253,8 +264,9 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         del self.running[bisect_left(self.running, request.order, key=_order)]
         self._budget += self._planned.pop(request, 0)
+        if request.pending:  # else there is nothing to compute until it is resumed
+            insort(self.waiting, request, key=_order)
         self._free(request)
-        insort(self.waiting, request, key=_order)
         self.preemptions += 1
 
     def _blocks_for(self, length: int) -> int:

@@ -102,7 +102,7 @@ class Random(RuleBasedStateMachine):
         tier: bool,
         seed: int,
     ) -> None:
-        self.now, self.random = 0.0, random.Random(seed)
+        self.now, self.random, self.holds = 0.0, random.Random(seed), True
         self.store = Store()
         self.memory = Memory(blocks, block_size, window, self.store)
         pool = BlockPool(blocks)
@@ -117,6 +117,8 @@ class Random(RuleBasedStateMachine):
         )
         self.slots, self.live, self.count = blocks * block_size, [], 0
         self.tables: dict[Request, list[int]] = {}
+        self.held: set[Request] = set()
+        """Beams that are computed and wait for others before they get their next tokens."""
 
     def request(self, tokens: list[int], longest: int, priority: int, salt: str) -> Request:
         self.count += 1
@@ -160,6 +162,25 @@ class Random(RuleBasedStateMachine):
             # Answers to one prompt part at the token that was just chosen.
             child.tokens[-1] = (child.tokens[-1] + 1) % 3
         self.scheduler.fork(parent, child)
+        if parent in self.held:
+            self.held.add(child)
+            self.get_on(child)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def resume(self, data: st.DataObject) -> None:
+        self.get_on(data.draw(st.sampled_from(sorted(self.held, key=lambda r: r.order))))
+
+    def get_on(self, request: Request) -> None:
+        self.held.remove(request)
+        self.choose(request)
+        if request in self.live:
+            self.scheduler.resume(request)
+
+    def choose(self, request: Request) -> None:
+        request.tokens.append(self.random.randrange(3))
+        if len(request.tokens) >= request.max_length:
+            self.end(request)
 
     @precondition(lambda self: self.scheduler.running)
     @rule()
@@ -178,11 +199,11 @@ class Random(RuleBasedStateMachine):
     @rule()
     def step(self) -> None:
         scheduler, rules = self.scheduler, self.scheduler.rules
-        gathering = scheduler.gathers_for() > 0
         batch = list(scheduler.running)
         strangers = {request for request in self.live if not request.joined}
         step = scheduler.schedule()
-        assert bool(step.work) == (bool(self.live) and not gathering), "something is done"
+        wanting = any(request not in self.held for request in self.live)
+        assert bool(step.work) == (wanting and not scheduler.gathers_for()), "something is done"
         assert sum(item.tokens for item in step.work) <= rules.max_batch_tokens
         assert len(scheduler.running) <= rules.max_running
         for item in step.work:
@@ -194,9 +215,10 @@ class Random(RuleBasedStateMachine):
         caught_up = [item.request for item in step.work if item.samples]
         scheduler.advance(step)
         for request in caught_up:
-            request.tokens.append(self.random.randrange(3))
-            if len(request.tokens) >= request.max_length:
-                self.end(request)
+            if self.holds and self.random.random() < 0.2:
+                self.held.add(request)
+            else:
+                self.choose(request)
         self.now += 0.1
 
     def own_what_they_write(self, request: Request, tokens: int) -> None:
@@ -208,14 +230,17 @@ class Random(RuleBasedStateMachine):
     def end(self, request: Request) -> None:
         self.scheduler.remove(request)
         self.live.remove(request)
+        self.held.discard(request)
 
     @invariant()
     def blocks_add_up(self) -> None:
         self.scheduler.pool.check(request.blocks for request in self.live)
         for request in self.live:
-            assert request.computed < len(request.tokens)
+            assert request.computed < len(request.tokens) or request in self.held
             assert request.computed <= len(request.blocks) * self.memory.size
-            assert (request in self.scheduler.running) != (request in self.scheduler.waiting)
+            places = (self.scheduler.running, self.scheduler.waiting)
+            found = sum(request in place for place in places)
+            assert found == 1 or (found == 0 and request in self.held and not request.blocks)
 
     @invariant()
     def tables_only_grow(self) -> None:
@@ -227,7 +252,7 @@ class Random(RuleBasedStateMachine):
                     kept = request.blocks[index] in (block, NO_BLOCK)
                     restarted = request.computed < self.last_computed.get(request, 0)
                     assert kept or index == written or restarted or request in self.moved
-        self.moved = {r for r in self.live if r in self.scheduler.waiting}
+        self.moved = {r for r in self.live if r not in self.scheduler.running}
         self.tables = {r: list(r.blocks) for r in self.live}
         self.last_computed = {r: r.computed for r in self.live}
 
@@ -252,6 +277,9 @@ class Random(RuleBasedStateMachine):
     def teardown(self) -> None:
         steps = 0
         while getattr(self, "live", None):
+            self.holds = False
+            for request in sorted(self.held, key=lambda r: r.order):
+                self.get_on(request)
             self.step()
             steps += 1
             assert steps < 5000, "the first in order always gets on"
