@@ -144,7 +144,7 @@ class Scheduler:
         self._catch_up(chunks=True)
         if self.preemptions == before:
             self._admit()
-        while not self._planned and self.running and self.waiting:
+        while not self._planned and self.running and any(r.joined for r in self.waiting):
             # All that run are beams that wait for others, and those for their places.
             self._preempt(self.running[-1])
             self._admit()
