@@ -5,7 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from infopt.core.artifact.quantized import input_scale, layer_scheme, linear_weight
+from infopt.core.artifact.quantized import (
+    input_scale,
+    layer_scheme,
+    linear_weight,
+    stored_names,
+)
 from infopt.core.artifact.read import Artifact
 from infopt.core.errors import ArtifactError, UnsupportedError
 from infopt.core.formats.activation import ActivationFormat
@@ -17,18 +22,20 @@ from infopt.core.layers.fuse import side_by_side
 from infopt.core.layers.int8 import Int8Linear
 from infopt.core.layers.linear import Linear, Projection
 from infopt.core.layers.norm import HeadNorm, RMSNorm
+from infopt.core.layers.quantized import pack
 from infopt.core.layers.rotary import inverse_frequencies
 from infopt.core.layers.rounded import RoundedLinear
 from infopt.core.models.config import ModelConfig
 from infopt.core.models.decoder import Decoder, DecoderLayer
 from infopt.core.models.mlp import GatedMLP
+from infopt.kernels.gemm.scratch import Scratch
 
 
 def load_decoder(artifact: Artifact, dtype: torch.dtype, device: torch.device) -> Decoder:
     """Read the weights, one layer at a time, into `dtype` on `device`.
 
-    Layers whose weights and inputs are integers stay so, others are made dense; inputs that the
-    artifact says are quantized are rounded as it says, by a layer's own scale.
+    Layers that are stored quantized stay so in memory; inputs that the artifact says are quantized
+    are rounded as it says, by a layer's own scale.
     Raises UnsupportedError for a model or rounding that the decoder does not know, ArtifactError
     for a tensor that is missing or of another shape than the config says.
     """
@@ -36,7 +43,7 @@ def load_decoder(artifact: Artifact, dtype: torch.dtype, device: torch.device) -
 
 
 def runs_in_int8(scheme: LayerScheme | None) -> bool:
-    """Whether a layer is held and multiplied as 8-bit integers; the others are made dense."""
+    """Whether a layer's weight and inputs are multiplied as 8-bit integers."""
     if scheme is None or scheme.activation is None:
         return False
     weight, inputs = scheme.weight, scheme.activation
@@ -51,12 +58,22 @@ def runs_in_int8(scheme: LayerScheme | None) -> bool:
 
 
 def weight_bytes(artifact: Artifact, dtype: torch.dtype) -> int:
-    """Bytes that the decoder's weights will take in memory, told by the files' headers."""
+    """Bytes that the decoder's weights will take in memory, told by the files' headers.
+
+    Of layers that stay packed, what is stored: the layouts in memory differ by little.
+    """
     config = ModelConfig.from_hf(artifact.config)
     total = artifact.summary().parameters * dtype.itemsize
     for name, (outputs, inputs) in _linears(config).items():
-        if runs_in_int8(layer_scheme(artifact, name)):
-            total += outputs * (inputs + torch.float32.itemsize - inputs * dtype.itemsize)
+        scheme = layer_scheme(artifact, name)
+        if scheme is None:
+            continue
+        if runs_in_int8(scheme):
+            held = outputs * (inputs + torch.float32.itemsize)
+        else:
+            stored = stored_names(artifact, f"{name}.weight")
+            held = sum(artifact.headers[tensor].nbytes for tensor in stored)
+        total += held - outputs * inputs * dtype.itemsize
     return total
 
 
@@ -88,6 +105,7 @@ class _Loader:
         self.dtype = dtype
         self.device = device
         self.shapes = _linears(self.config)
+        self.scratch = Scratch()
 
     def decoder(self) -> Decoder:
         config = self.config
@@ -157,7 +175,7 @@ class _Loader:
         offset = self.tensor(f"{name}.bias", shape[:1]) if bias else None
         activation = scheme.activation if scheme is not None else None
         if activation is None:
-            return Linear(self.dense(name, weight), offset)
+            return self.held(name, weight, offset)
         self.check_rounding(name, activation)
         scale = input_scale(self.artifact, name)
         scale = None if scale is None else scale.to(self.device, torch.float32)
@@ -166,12 +184,18 @@ class _Loader:
             codes = (weight.codes.to(torch.int16) - weight.zeros.to(torch.int16)).to(torch.int8)
             scales = weight.scales.squeeze(1).to(self.device, torch.float32)
             return Int8Linear(codes.to(self.device), scales, activation, offset, scale)
-        return RoundedLinear(Linear(self.dense(name, weight), offset), activation, scale)
+        return RoundedLinear(self.held(name, weight, offset), activation, scale)
 
-    def dense(self, name: str, weight: Tensor | StoredWeight) -> Tensor:
-        """The weight of a linear [out, in], made dense if it is stored quantized."""
-        value = weight if isinstance(weight, Tensor) else weight.dequantize()
-        return self.checked(f"{name}.weight", value, self.shapes[name])
+    def held(self, name: str, weight: Tensor | StoredWeight, bias: Tensor | None) -> Projection:
+        """A linear layer packed as it is stored, where it is stored so, else dense."""
+        shape = self.shapes[name]
+        if isinstance(weight, Tensor):
+            return Linear(self.checked(f"{name}.weight", weight, shape), bias)
+        self.check_shape(f"{name}.weight", weight.codes, shape)
+        packed = pack(weight, bias, dtype=self.dtype, device=self.device, scratch=self.scratch)
+        if packed is not None:
+            return packed
+        return Linear(weight.dequantize().to(device=self.device, dtype=self.dtype), bias)
 
     def check_rounding(self, name: str, activation: ActivationFormat) -> None:
         if activation.dynamic and activation.strategy == "tensor":

@@ -26,7 +26,7 @@ def plan_serve(artifact: Artifact, settings: EngineSettings) -> Plan:
     dtype: torch.dtype = getattr(torch, choose_dtype(settings.dtype, name))
     weights = weight_bytes(artifact, dtype)
     dense = artifact.summary().parameters * dtype.itemsize
-    held = _word(dtype) if weights == dense else f"int8 and {_word(dtype)}"
+    held = _word(dtype) if weights == dense else f"stored and {_word(dtype)}"
     longest = settings.max_model_len or config.full_attention_positions
     blocks = settings.kv_blocks or blocks_that_fit(
         config,
