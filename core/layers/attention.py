@@ -15,7 +15,8 @@ from infopt.kernels.attention.paged import AttentionPlan, planned_attention
 class AttentionInputs:
     """Where the tokens of one step stand, for every layer alike."""
 
-    rotary: Rotary
+    rotaries: tuple[Rotary, ...]
+    """Of each kind of layer; none where positions are learned."""
     slots: Tensor
     """[T]: the cache slots of the step's tokens."""
     plan: AttentionPlan
@@ -31,6 +32,14 @@ class Attention:
     heads: int
     kv_heads: int
     head_dim: int
+    scale: float
+    """Of the scores."""
+    rotary: int | None = 0
+    """Which of the step's rotaries; None where positions are learned."""
+    window: int | None = None
+    """Tokens to look back on, itself included."""
+    cap: float | None = None
+    """Scores become cap * tanh(score / cap)."""
 
     def __call__(self, x: Tensor, inputs: AttentionInputs, cache: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden]; `cache` is this layer's."""
@@ -39,9 +48,11 @@ class Attention:
         query_key = qkv[:, : self.heads + self.kv_heads]
         if self.head_norm is not None:
             query_key.copy_(self.head_norm(query_key))
-        inputs.rotary.rotate_(query_key)
+        if self.rotary is not None:
+            inputs.rotaries[self.rotary].rotate_(query_key)
         write_kv(cache, qkv[:, self.heads :], inputs.slots)
-        attended = planned_attention(qkv[:, : self.heads], cache, inputs.plan, self.head_dim**-0.5)
+        reads = inputs.plan.reads(self.window)
+        attended = planned_attention(qkv[:, : self.heads], cache, reads, self.scale, self.cap)
         return self.output(attended.view(tokens, self.heads * self.head_dim))
 
     @property

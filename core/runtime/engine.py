@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from infopt.core.artifact.read import Artifact, read_json
-from infopt.core.errors import ResourceError, UnsupportedError, UsageError
+from infopt.core.errors import ResourceError, UsageError
 from infopt.core.hardware.choose import choose_device, choose_dtype
 from infopt.core.models.config import ModelConfig, token_ids
 from infopt.core.models.load import load_decoder
@@ -213,11 +213,6 @@ def _longest(config: ModelConfig, settings: EngineSettings) -> int:
     if asked > config.max_positions:
         raise UsageError(
             f"max_model_len {asked} is beyond the {config.max_positions} positions of the model"
-        )
-    if asked > config.full_attention_positions:
-        raise UnsupportedError(
-            f"max_model_len {asked} is beyond the sliding window of {config.sliding_window} tokens",
-            "sliding-window attention is not known; stay within the window",
         )
     return asked
 

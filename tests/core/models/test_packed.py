@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,10 @@ from infopt.core.layers.fuse import SideBySide
 from infopt.core.layers.int8 import Int8Linear
 from infopt.core.layers.quantized import QuantizedLinear
 from infopt.core.layers.rounded import RoundedLinear
+from infopt.core.models.config import ModelConfig
 from infopt.core.models.decoder import StepInputs
 from infopt.core.models.load import load_decoder, weight_bytes
+from infopt.core.models.shapes import linear_shapes
 from infopt.kernels.attention.cache import new_cache
 from infopt.kernels.attention.paged import plan_attention
 from infopt.kernels.gemm.int4 import Int4Tiles, usable
@@ -236,3 +239,39 @@ def test_eight_bit_inputs_stay_integers(source: Artifact, tmp_path: Path) -> Non
         source, tmp_path, "compressed-tensors", everywhere(integers(8, None, symmetric=True)), form
     )
     assert isinstance(load_decoder(packed, torch.float32, CPU).layers[0].mlp.down, Int8Linear)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "phi3", "gemma2", "opt", "mixtral"])
+@torch.inference_mode()
+def test_every_architecture_holds_packed_layers(
+    kind: str, tiny: Callable[[str], tuple[Artifact, Any]], tmp_path: Path
+) -> None:
+    """Conv1D's codes are [outputs, inputs], fused projections and experts are layers as others."""
+    artifact, _ = tiny(kind)
+    config = ModelConfig.from_hf(artifact.config)
+    rounded, head = integers(4, 16, symmetric=False), config.names.head
+    tensors = load_file(artifact.path / "model.safetensors")
+    plain, packed, schemes = dict(tensors), dict(tensors), {}
+    router = config.names.router
+    for layer in linear_shapes(config):
+        if layer == head or layer.endswith(router):
+            continue
+        dense = tensors[f"{layer}.weight"]
+        weight = rounded(dense.t() if config.transposed else dense)
+        value = weight.dequantize()
+        plain[f"{layer}.weight"] = (value.t() if config.transposed else value).contiguous()
+        schemes[layer] = LayerScheme(weight.format)
+        del packed[f"{layer}.weight"]
+        parts = encode("compressed-tensors", weight)
+        packed |= {f"{layer}.{suffix}": part.contiguous() for suffix, part in parts.items()}
+    folders = (tmp_path / "packed", tmp_path / "plain")
+    for folder, held in zip(folders, (packed, plain), strict=True):
+        shutil.copytree(artifact.path, folder)
+        save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    table = quantization_table("compressed-tensors", schemes, [head])
+    said = artifact.config | {"quantization_config": table}
+    (folders[0] / "config.json").write_text(json.dumps(said))
+    ours, theirs = (logits(read_artifact(folder), torch.float32) for folder in folders)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    layers = load_decoder(read_artifact(folders[0]), torch.float32, CPU).layers
+    assert all(isinstance(layer.attention.qkv, QuantizedLinear) for layer in layers)

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from infopt.core.artifact.read import Artifact
-from infopt.core.errors import ResourceError, UnsupportedError, UsageError
+from infopt.core.errors import ResourceError, UsageError
 from infopt.core.recipe.serve import EngineSettings
 from infopt.core.runtime.engine import Engine, read_eos_token_ids
 from infopt.core.runtime.request import SamplingParams, StepOutput
@@ -253,13 +253,11 @@ def test_limits_that_cannot_be_met_are_refused(make_engine: MakeEngine) -> None:
         make_engine(max_model_len=64, kv_blocks=3)
 
 
-def test_a_sliding_window_bounds_the_length(tiny_reference: tuple[Artifact, Any]) -> None:
+def test_a_sliding_window_does_not_bound_the_length(tiny_reference: tuple[Artifact, Any]) -> None:
     artifact = tiny_reference[0]
     changes = {"architectures": ["MistralForCausalLM"], "sliding_window": 16}
     windowed = Artifact(**{**vars(artifact), "config": {**artifact.config, **changes}})
-    assert Engine.load(windowed, EngineSettings(kv_blocks=32)).max_model_len == 16
-    with pytest.raises(UnsupportedError, match="sliding window of 16"):
-        Engine.load(windowed, EngineSettings(max_model_len=17))
+    assert Engine.load(windowed, EngineSettings(kv_blocks=32)).max_model_len == 64
 
 
 def test_end_of_sequence_tokens_of_the_generation_config_come_first(
