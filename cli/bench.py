@@ -43,6 +43,7 @@ def bench(
     ] = None,
     block_size: opt.BlockSize = None,
     kv_blocks: opt.KvBlocks = None,
+    kv_dtype: opt.KvDType = None,
     max_batch_tokens: opt.MaxBatchTokens = None,
     max_running: opt.MaxRunning = None,
     max_model_len: opt.MaxModelLen = None,
@@ -76,6 +77,7 @@ def bench(
     engine: dict[str, Any] = {
         "block_size": block_size,
         "kv_blocks": kv_blocks,
+        "kv_dtype": kv_dtype,
         "max_batch_tokens": max_batch_tokens,
         "max_running": max_running,
         "max_model_len": max_model_len,

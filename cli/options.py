@@ -14,6 +14,12 @@ class DeviceWord(StrEnum):
     cuda = "cuda"
 
 
+class KvDTypeWord(StrEnum):
+    auto = "auto"
+    int8 = "int8"
+    fp8 = "fp8"
+
+
 class DTypeWord(StrEnum):
     auto = "auto"
     float32 = "float32"
@@ -106,6 +112,14 @@ BlockSize = Annotated[
 KvBlocks = Annotated[
     int | None,
     typer.Option("--kv-blocks", help="Blocks in the KV pool.", show_default="what fits"),
+]
+KvDType = Annotated[
+    KvDTypeWord | None,
+    typer.Option(
+        "--kv-dtype",
+        help="Of cached keys and values; auto: what the artifact says, else the type of the run.",
+        show_default="auto",
+    ),
 ]
 MaxBatchTokens = Annotated[
     int | None,

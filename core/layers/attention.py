@@ -8,6 +8,7 @@ from infopt.core.layers.linear import Projection
 from infopt.core.layers.norm import HeadNorm
 from infopt.core.layers.rotary import Rotary
 from infopt.kernels.attention.cache import write_kv
+from infopt.kernels.attention.eight_bits import KvScales
 from infopt.kernels.attention.paged import AttentionPlan, planned_attention
 
 
@@ -40,6 +41,8 @@ class Attention:
     """Tokens to look back on, itself included."""
     cap: float | None = None
     """Scores become cap * tanh(score / cap)."""
+    kv_scales: KvScales | None = None
+    """Calibrated ones, for a cache in 8 bits."""
 
     def __call__(self, x: Tensor, inputs: AttentionInputs, cache: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden]; `cache` is this layer's."""
@@ -50,7 +53,7 @@ class Attention:
             query_key.copy_(self.head_norm(query_key))
         if self.rotary is not None:
             inputs.rotaries[self.rotary].rotate_(query_key)
-        write_kv(cache, qkv[:, self.heads :], inputs.slots)
+        write_kv(cache, qkv[:, self.heads :], inputs.slots, self.kv_scales)
         reads = inputs.plan.reads(self.window)
         attended = planned_attention(qkv[:, : self.heads], cache, reads, self.scale, self.cap)
         return self.output(attended.view(tokens, self.heads * self.head_dim))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from infopt.core.artifact.quantized import (
     input_scale,
+    kv_format,
     layer_scheme,
     linear_weight,
     stored_names,
@@ -31,6 +32,7 @@ from infopt.core.models.families import Part
 from infopt.core.models.mlp import ExpertsMLP, FeedForward, GatedMLP, PlainMLP, activate
 from infopt.core.models.rope import Rope
 from infopt.core.models.shapes import linear_shapes
+from infopt.kernels.attention.eight_bits import FP8, INT8, KvScales
 from infopt.kernels.gemm.scratch import Scratch
 
 # What stacked experts are called, whatever they are called apart.
@@ -102,6 +104,7 @@ class _Loader:
         self.device = device
         self.shapes = linear_shapes(self.config)
         self.scratch = Scratch()
+        self.kv_format = kv_format(artifact)
 
     def decoder(self) -> Decoder:
         config, names = self.config, self.names
@@ -173,7 +176,25 @@ class _Loader:
             rotary=rotary,
             window=window,
             cap=config.attention_cap,
+            kv_scales=self.kv_scales(name),
         )
+
+    def kv_scales(self, name: str) -> KvScales | None:
+        """Of the layer `name`, where the artifact says how its keys and values are to be cached."""
+        if self.kv_format is None:
+            return None
+        attention = f"{name}.{self.names.output.rpartition('.')[0]}"
+        found = []
+        for kind in ("k_scale", "v_scale"):
+            stored = f"{attention}.{kind}"
+            if not self.artifact.has(stored):
+                stored = stored.partition(".")[2]
+            scale = self.artifact.tensor(stored)
+            if scale.numel() != 1:
+                raise ArtifactError(f"{self.artifact.path}: {stored} has {scale.numel()} values")
+            found.append(scale.reshape(1, 1).float().expand(self.config.kv_heads, 1))
+        storage = {"int8": INT8, "fp8": FP8}[self.kv_format]
+        return KvScales(storage, torch.cat(found).to(self.device))
 
     def mlp(self, name: str, index: int) -> FeedForward:
         config, names = self.config, self.names

@@ -254,7 +254,18 @@ def _static(
         step_tokens=EngineSettings().max_batch_tokens,
         reserve=_RESERVE[device],
         headers=artifact.headers,
+        kv_8bit=_kv_in_8_bits(artifact),
     )
+
+
+def _kv_in_8_bits(artifact: Artifact) -> bool:
+    """Whether the runtime caches keys and values as the artifact says, and it says 8 bits."""
+    table = artifact.quantization
+    if table is None or not table.get("kv_cache_scheme"):
+        return False
+    from infopt.core.artifact.schemes import kv_format_of  # it knows torch, this room may not
+
+    return kv_format_of(table, str(artifact.path)) is not None
 
 
 def _name(device: str, machine: Machine) -> str:

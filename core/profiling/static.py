@@ -36,6 +36,7 @@ _NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 TABLES = ("embedding", "positions")
 """Of these, a pass reads the rows that it looks up."""
+_SCALE_BYTES = 4
 # Masks that old GPT-2 checkpoints hold; nothing reads them.
 _BUFFERS = (".attn.bias", ".attn.masked_bias")
 
@@ -123,15 +124,24 @@ def _module(tensor: str) -> str:
     return tensor.rpartition(".")[0]
 
 
-def kv_bytes_per_token(config: ModelConfig, dtype_bytes: int) -> int:
-    """Keys and values of one token over all layers: 2 L Hkv d B."""
-    return 2 * config.layers * config.kv_heads * config.head_dim * dtype_bytes
+def kv_bytes_per_token(config: ModelConfig, dtype_bytes: int, *, kv_8bit: bool = False) -> int:
+    """Keys and values of one token over all layers: 2 L Hkv d B.
+
+    In 8 bits a head takes d bytes, up to a multiple of 4, and a float32 scale.
+    """
+    head = config.head_dim * dtype_bytes
+    if kv_8bit:
+        head = -(-config.head_dim // 4) * 4 + _SCALE_BYTES
+    return 2 * config.layers * config.kv_heads * head
 
 
-def kv_bytes(config: ModelConfig, *, batch: int, context: int, dtype_bytes: int) -> int:
+def kv_bytes(
+    config: ModelConfig, *, batch: int, context: int, dtype_bytes: int, kv_8bit: bool = False
+) -> int:
     """The cache of `batch` sequences of `context` tokens; a sliding window bounds what is kept."""
     kept = sum(min(context, window or context) for window in config.windows)
-    return batch * kept * kv_bytes_per_token(config, dtype_bytes) // config.layers
+    token = kv_bytes_per_token(config, dtype_bytes, kv_8bit=kv_8bit)
+    return batch * kept * token // config.layers
 
 
 def attended(config: ModelConfig, tokens: int) -> int:
@@ -154,6 +164,7 @@ def phase_cost(
     past: int,
     new: int,
     dtype_bytes: int,
+    kv_8bit: bool = False,
 ) -> PhaseCost:
     """One pass of `new` tokens a sequence over `past` cached: decode is new=1, prefill past=0."""
     sizes = matrix_sizes(config)
@@ -169,7 +180,8 @@ def phase_cost(
         read["positions"] = weights["positions"] * min(batch * new, stored) // stored
     cached = sum(min(past, window - 1) if window else past for window in config.windows)
     tokens = cached + 2 * new * config.layers
-    moved = batch * tokens * kv_bytes_per_token(config, dtype_bytes) // config.layers
+    token = kv_bytes_per_token(config, dtype_bytes, kv_8bit=kv_8bit)
+    moved = batch * tokens * token // config.layers
     names = [*OPERATORS, *(name for name in weights if name not in OPERATORS)]
     operators = tuple(
         OperatorCost(
@@ -197,6 +209,7 @@ def memory_need(
     step_tokens: int,
     dtype_bytes: int,
     reserve: int,
+    kv_8bit: bool = False,
 ) -> MemoryNeed:
     """Bytes while serving `batch` sequences of `context` tokens, `step_tokens` computed at a time.
 
@@ -206,7 +219,9 @@ def memory_need(
     widest = 2 * config.hidden_size + max(attention, 3 * config.intermediate_size)
     need = {
         "weights": resident,
-        "kv_cache": kv_bytes(config, batch=batch, context=context, dtype_bytes=dtype_bytes),
+        "kv_cache": kv_bytes(
+            config, batch=batch, context=context, dtype_bytes=dtype_bytes, kv_8bit=kv_8bit
+        ),
         "activations": max(step_tokens, batch) * widest * dtype_bytes,
         "logits": batch * config.vocab_size * (dtype_bytes + 4),
         "reserve": reserve,
@@ -225,10 +240,12 @@ def static_profile(
     step_tokens: int = 512,
     reserve: int = 0,
     headers: Mapping[str, TensorHeader] | None = None,
+    kv_8bit: bool = False,
 ) -> StaticProfile:
     """Everything that the config tells of prefill(batch, prompt_tokens) and of decode at `context`.
 
-    The decode step attends to `context` positions, its own included.
+    The decode step attends to `context` positions, its own included. `kv_8bit`: keys and values
+    are cached in 8 bits.
     """
     width = dtype_size(dtype)
     weights = weight_bytes(config, width, headers)
@@ -244,10 +261,13 @@ def static_profile(
             step_tokens=min(step_tokens, size * prompt_tokens),
             dtype_bytes=width,
             reserve=reserve,
+            kv_8bit=kv_8bit,
         )
 
     def cost(past: int, new: int) -> PhaseCost:
-        return phase_cost(config, weights, batch=batch, past=past, new=new, dtype_bytes=width)
+        return phase_cost(
+            config, weights, batch=batch, past=past, new=new, dtype_bytes=width, kv_8bit=kv_8bit
+        )
 
     memory = need(batch)
     return StaticProfile(
@@ -255,7 +275,7 @@ def static_profile(
         parameters=total(config, counts),
         parameters_without_embedding=sum(counts.values()) - counts["embedding"],
         weight_bytes=resident,
-        kv_bytes_per_token=kv_bytes_per_token(config, width),
+        kv_bytes_per_token=kv_bytes_per_token(config, width, kv_8bit=kv_8bit),
         batch=batch,
         context=context,
         kv_bytes=memory.kv_cache,

@@ -1,9 +1,13 @@
 """Settings of the engine and of `infopt serve`."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from infopt.core.recipe.base import Seed, Settings, Words
 from infopt.core.recipe.text import Device, DType
+
+KvDType = Literal["auto", "int8", "fp8"]
 
 
 class EngineSettings(Settings):
@@ -13,6 +17,8 @@ class EngineSettings(Settings):
     """Token slots per block of the paged KV cache."""
     kv_blocks: int | None = Field(default=None, ge=1)
     """Blocks in the pool; default: what fits in a share of the free memory."""
+    kv_dtype: KvDType = "auto"
+    """Of cached keys and values; auto: what the artifact says, else the dtype of the run."""
     max_batch_tokens: int = Field(default=512, ge=1)
     """Tokens computed in one step, over all requests."""
     max_running: int = Field(default=32, ge=1)

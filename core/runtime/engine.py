@@ -14,7 +14,7 @@ from infopt.core.models.load import load_decoder
 from infopt.core.recipe.serve import EngineSettings
 from infopt.core.runtime.batch import build_batch
 from infopt.core.runtime.block_pool import BlockPool
-from infopt.core.runtime.kv_cache import KVCache, blocks_that_fit
+from infopt.core.runtime.kv_cache import KVCache, blocks_that_fit, cache_dtype
 from infopt.core.runtime.model_runner import ModelRunner
 from infopt.core.runtime.request import FinishReason, Request, SamplingParams, StepOutput
 from infopt.core.runtime.sampler import Choice, sample
@@ -72,15 +72,16 @@ class Engine:
         name = choose_device(settings.device)
         device, dtype = torch.device(name), getattr(torch, choose_dtype(settings.dtype, name))
         decoder = load_decoder(artifact, dtype, device)
+        kept = cache_dtype(settings.kv_dtype, artifact, dtype)
         blocks = settings.kv_blocks or blocks_that_fit(
             config,
             block_size=settings.block_size,
-            dtype=dtype,
+            dtype=kept,
             device=device,
             enough=settings.max_running * -(-limit // settings.block_size),
         )
         cache = KVCache(
-            config, blocks=blocks, block_size=settings.block_size, dtype=dtype, device=device
+            config, blocks=blocks, block_size=settings.block_size, dtype=kept, device=device
         )
         return cls(
             ModelRunner(decoder, cache),

@@ -4,13 +4,27 @@ import psutil
 import torch
 from torch import Tensor
 
+from infopt.core.artifact.quantized import kv_format
+from infopt.core.artifact.read import Artifact
 from infopt.core.errors import ResourceError
 from infopt.core.models.config import ModelConfig
+from infopt.core.recipe.serve import KvDType
 from infopt.kernels.attention.cache import new_cache, token_bytes
 
 # Of the memory that is free once the weights are loaded; the rest is for activations and others.
 _CPU_SHARE = 0.5
 _CUDA_SHARE = 0.85
+
+
+def cache_dtype(word: KvDType, artifact: Artifact, dtype: torch.dtype) -> torch.dtype:
+    """Of keys and values: what is asked for, else what the artifact says, else the run's dtype."""
+    match word if word != "auto" else kv_format(artifact):
+        case "int8":
+            return torch.int8
+        case "fp8":
+            return torch.float8_e4m3fn
+        case _:
+            return dtype
 
 
 class KVCache:

@@ -9,7 +9,7 @@ from infopt.core.models.config import ModelConfig
 from infopt.core.models.load import weight_bytes
 from infopt.core.recipe.serve import EngineSettings, ServeSettings
 from infopt.core.reports.schema import Plan
-from infopt.core.runtime.kv_cache import block_bytes, blocks_that_fit
+from infopt.core.runtime.kv_cache import block_bytes, blocks_that_fit, cache_dtype
 
 # Interpreter, torch and transformers in the engine process, and the API process beside it.
 _PROCESSES_BYTES = 900 * 2**20
@@ -28,23 +28,23 @@ def plan_serve(artifact: Artifact, settings: EngineSettings) -> Plan:
     dense = artifact.summary().parameters * dtype.itemsize
     held = _word(dtype) if weights == dense else f"stored and {_word(dtype)}"
     longest = settings.max_model_len or config.full_attention_positions
+    kept = cache_dtype(settings.kv_dtype, artifact, dtype)
     blocks = settings.kv_blocks or blocks_that_fit(
         config,
         block_size=settings.block_size,
-        dtype=dtype,
+        dtype=kept,
         device=torch.device(name),
         enough=settings.max_running * -(-longest // settings.block_size),
     )
-    cache = blocks * block_bytes(config, settings.block_size, dtype)
+    cache = blocks * block_bytes(config, settings.block_size, kept)
     actions = [
         f"load {artifact.name}: {_size(weights)} of weights as {held} on {name}",
         f"hold a KV cache of {blocks} blocks of {settings.block_size} tokens: {_size(cache)}",
     ]
-    if (form := kv_format(artifact)) is not None:
-        actions.append(
-            f"keep keys and values as {_word(dtype)}: the engine has no {form} KV cache, "
-            "and leaves its scales unused"
-        )
+    if kept != dtype:
+        form = "int8" if kept == torch.int8 else "fp8"
+        scales = "its own scales" if kv_format(artifact) == form else "a scale a head and token"
+        actions.append(f"keep keys and values in {form}, with {scales}")
     if isinstance(settings, ServeSettings):
         model = settings.model_name or artifact.name
         actions.append(f"serve it as {model!r} on {settings.host}:{settings.port}")

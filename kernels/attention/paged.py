@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infopt.kernels.attention.cache import by_slot
+from infopt.kernels.attention.eight_bits import STORAGE, decode
 
 # Up to this context, padding costs less than another call.
 _PADDED_FREELY = 256
@@ -200,7 +201,7 @@ def _attend_decodes(
 ) -> Tensor:
     """Queries that share a key head are its rows: on a CPU far faster than SDPA's enable_gqa."""
     requests, heads, head_dim = query.shape
-    keys, values = _read(cache, reads)
+    keys, values = _read(cache, reads, query)
     grouped = query.view(requests, cache.shape[3], -1, head_dim)
     output = _attend(grouped, keys, values, reads.mask, False, scale, cap)
     return output.reshape(requests, heads, head_dim)
@@ -212,7 +213,7 @@ def _attend_chunk(
     """Key heads are SDPA's batch, and the query heads that share one its heads: no copies."""
     length, heads, head_dim = query.shape
     kv_heads = cache.shape[3]
-    keys, values = (part.transpose(0, 1) for part in _read(cache, reads))
+    keys, values = (part.transpose(0, 1) for part in _read(cache, reads, query))
     grouped = query.view(length, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     group = heads // kv_heads
     output = _attend(
@@ -250,8 +251,10 @@ def _attend(
     return (scores.softmax(-1) @ values.float()).to(query.dtype)
 
 
-def _read(cache: Tensor, reads: Reads) -> tuple[Tensor, Tensor]:
+def _read(cache: Tensor, reads: Reads, query: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values [requests, kv_heads, context, head_dim], views of one gathered copy."""
     found = by_slot(cache).index_select(0, reads.slots)
     found = found.view(reads.requests, -1, *cache.shape[2:])
+    if cache.dtype in STORAGE.values():
+        found = decode(found, query.shape[-1], query.dtype)
     return found[:, :, 0].transpose(1, 2), found[:, :, 1].transpose(1, 2)

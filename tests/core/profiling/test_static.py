@@ -24,6 +24,8 @@ from infopt.core.profiling.static import (
     total,
     weight_bytes,
 )
+from infopt.core.runtime.kv_cache import block_bytes
+from infopt.kernels.attention.cache import new_cache
 
 
 def build(hf_config: dict[str, Any]) -> PreTrainedModel:
@@ -118,6 +120,31 @@ def test_a_sliding_window_bounds_the_cache() -> None:
         for c in (config, mixed, full)
     ]
     assert decode[1] == (decode[0] + decode[2]) / 2
+
+
+@pytest.mark.parametrize("head_dim", [16, 10])
+def test_an_8_bit_cache_is_counted_as_the_runtime_holds_it(head_dim: int) -> None:
+    config = ModelConfig.from_hf({**MISTRAL, "head_dim": head_dim})
+    for kept in (torch.int8, torch.float8_e4m3fn):
+        held = block_bytes(config, 1, kept)
+        assert kv_bytes_per_token(config, 2, kv_8bit=True) == held
+        cache = new_cache(3, 5, config.kv_heads, head_dim, kept, torch.device("cpu"))
+        assert cache.nbytes * config.layers == 15 * held
+    profiles = [
+        static_profile(
+            config,
+            dtype="bfloat16",
+            batch=2,
+            prompt_tokens=10,
+            context=50,
+            device_memory=10**12,
+            kv_8bit=kv_8bit,
+        )
+        for kv_8bit in (True, False)
+    ]
+    saved = kv_bytes_per_token(config, 2) - kv_bytes_per_token(config, 2, kv_8bit=True)
+    assert profiles[1].kv_bytes - profiles[0].kv_bytes == 2 * 50 * saved
+    assert profiles[1].decode.bytes - profiles[0].decode.bytes == 2 * 51 * saved
 
 
 def test_experts_are_refused() -> None:
