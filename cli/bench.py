@@ -47,6 +47,7 @@ def bench(
     max_batch_tokens: opt.MaxBatchTokens = None,
     max_running: opt.MaxRunning = None,
     max_model_len: opt.MaxModelLen = None,
+    deterministic: opt.Deterministic = None,
     recipe: opt.RecipeFile = None,
     output: opt.ReportOutput = None,
     device: opt.DeviceOption = None,
@@ -81,6 +82,7 @@ def bench(
         "max_batch_tokens": max_batch_tokens,
         "max_running": max_running,
         "max_model_len": max_model_len,
+        "deterministic": deterministic,
     }
     common = opt.Common(
         recipe, output, device, dtype, seed, json, quiet, yes, dry_run, trust_remote_code

@@ -121,6 +121,14 @@ KvDType = Annotated[
         show_default="auto",
     ),
 ]
+Deterministic = Annotated[
+    bool | None,
+    typer.Option(
+        "--deterministic/--no-deterministic",
+        help="A request's tokens depend, by no bit, on what runs along; slower.",
+        show_default="no-deterministic",
+    ),
+]
 MaxBatchTokens = Annotated[
     int | None,
     typer.Option("--max-batch-tokens", help="Tokens computed in one step.", show_default="512"),

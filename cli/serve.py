@@ -32,6 +32,7 @@ def serve(
     max_batch_tokens: opt.MaxBatchTokens = None,
     max_running: opt.MaxRunning = None,
     max_model_len: opt.MaxModelLen = None,
+    deterministic: opt.Deterministic = None,
     ask: Annotated[
         list[str] | None,
         typer.Option(
@@ -63,6 +64,7 @@ def serve(
         "max_batch_tokens": max_batch_tokens,
         "max_running": max_running,
         "max_model_len": max_model_len,
+        "deterministic": deterministic,
         "ask": tuple(ask) if ask else None,
     }
     common = opt.Common(

@@ -43,6 +43,8 @@ class Attention:
     """Scores become cap * tanh(score / cap)."""
     kv_scales: KvScales | None = None
     """Calibrated ones, for a cache in 8 bits."""
+    fixed: bool = False
+    """In calls whose shapes do not depend on what else is in the step."""
 
     def __call__(self, x: Tensor, inputs: AttentionInputs, cache: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden]; `cache` is this layer's."""
@@ -54,7 +56,7 @@ class Attention:
         if self.rotary is not None:
             inputs.rotaries[self.rotary].rotate_(query_key)
         write_kv(cache, qkv[:, self.heads :], inputs.slots, self.kv_scales)
-        reads = inputs.plan.reads(self.window)
+        reads = inputs.plan.reads(self.window, fixed=self.fixed)
         attended = planned_attention(qkv[:, : self.heads], cache, reads, self.scale, self.cap)
         return self.output(attended.view(tokens, self.heads * self.head_dim))
 

@@ -68,4 +68,5 @@ def _fused_int8(parts: Sequence[Int8Linear]) -> Int8Linear:
         activation=parts[0].activation,
         bias=torch.cat(biases) if biases else None,
         input_scale=parts[0].input_scale,
+        fixed=parts[0].fixed,
     )

@@ -36,6 +36,8 @@ class QuantizedLinear:
     bias: Tensor | None = None
     columns: Tensor | None = None
     """int32 [K]: the order of x in which the groups' columns are neighbours, where it is not so."""
+    fixed: bool = False
+    """A row's result never depends on the others."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]"""
@@ -44,9 +46,9 @@ class QuantizedLinear:
             rows = rows.index_select(1, self.columns)
         match self.weight:
             case Int4Tiles():
-                y = int4_linear(rows, self.weight, self.bias, self.scratch)
+                y = int4_linear(rows, self.weight, self.bias, self.scratch, fixed=self.fixed)
             case _:
-                y = rows_linear(rows, self.weight, self.bias, self.scratch)
+                y = rows_linear(rows, self.weight, self.bias, self.scratch, fixed=self.fixed)
         return y.view(*x.shape[:-1], -1)
 
     @property
@@ -63,6 +65,7 @@ def pack(
     dtype: torch.dtype,
     device: torch.device,
     scratch: Scratch,
+    fixed: bool = False,
 ) -> QuantizedLinear | None:
     """The weight as products of `dtype` on `device` want it; None for one that must be dense.
 
@@ -86,7 +89,7 @@ def pack(
         case Nf4Weight():
             packed = _nf4(weight, device)
     order = None if columns is None else columns.to(device, torch.int32)
-    return QuantizedLinear(packed, scratch, bias, order)
+    return QuantizedLinear(packed, scratch, bias, order, fixed)
 
 
 def _ordered(weight: QuantizedWeight, columns: Tensor) -> QuantizedWeight:

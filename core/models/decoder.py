@@ -47,11 +47,18 @@ class DecoderLayer:
 
     def __call__(self, x: Tensor, inputs: AttentionInputs, cache: Tensor) -> Tensor:
         """x [T, hidden], which may be added to in place."""
+        return self.feed(self.attend(x, inputs, cache))
 
-        def attend(hidden: Tensor) -> Tensor:
+    def attend(self, x: Tensor, inputs: AttentionInputs, cache: Tensor) -> Tensor:
+        """The first half."""
+
+        def attention(hidden: Tensor) -> Tensor:
             return self.attention(hidden, inputs, cache)
 
-        x = self._add(x, self.input_norm, attend, self.attention_out_norm)
+        return self._add(x, self.input_norm, attention, self.attention_out_norm)
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The second half."""
         return self._add(x, self.mlp_norm, self.mlp, self.mlp_out_norm)
 
     def _add(
@@ -161,3 +168,26 @@ class Decoder:
             x = self.project_out(x)
         found, cap = self.head(x), self.config.logit_cap
         return found if cap is None else found.div_(cap).tanh_().mul_(cap)
+
+    def first_fault(self, inputs: StepInputs, caches: Sequence[Tensor], row: int) -> str:
+        """Where a step's row first is not finite: the step is computed again, part by part.
+
+        To be called before the caches are written again: the same keys and values are written.
+        """
+        names, attention = self.config.names, self.attention_inputs(inputs)
+
+        def fine(x: Tensor) -> bool:
+            return bool(torch.isfinite(x[row]).all())
+
+        x = self.embed(inputs)
+        if not fine(x):
+            return names.embedding
+        for n, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            owner = f"{names.layer}.{n}"
+            x = layer.attend(x, attention, cache)
+            if not fine(x):
+                return f"{owner}.{names.output.rpartition('.')[0]}"
+            x = layer.feed(x)
+            if not fine(x):
+                return f"{owner}.{names.down.rpartition('.')[0] or names.down}"
+        return names.norm if self.norm is not None and not fine(self.norm(x)) else names.head

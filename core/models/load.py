@@ -29,7 +29,15 @@ from infopt.core.layers.rounded import RoundedLinear
 from infopt.core.models.config import Experts, ModelConfig
 from infopt.core.models.decoder import Decoder, DecoderLayer, RotaryTable
 from infopt.core.models.families import Part
-from infopt.core.models.mlp import ExpertsMLP, FeedForward, GatedMLP, PlainMLP, activate
+from infopt.core.models.mlp import (
+    Activate,
+    ExpertsMLP,
+    FeedForward,
+    GatedMLP,
+    PlainMLP,
+    activate,
+    by_row,
+)
 from infopt.core.models.rope import Rope
 from infopt.core.models.shapes import linear_shapes
 from infopt.kernels.attention.eight_bits import FP8, INT8, KvScales
@@ -39,15 +47,20 @@ from infopt.kernels.gemm.scratch import Scratch
 _STACKED = ("gate_up_proj", "down_proj")
 
 
-def load_decoder(artifact: Artifact, dtype: torch.dtype, device: torch.device) -> Decoder:
+def load_decoder(
+    artifact: Artifact, dtype: torch.dtype, device: torch.device, *, deterministic: bool = False
+) -> Decoder:
     """Read the weights, one layer at a time, into `dtype` on `device`.
+
+    `deterministic`: what is computed of a token does not depend, by a single bit, on the other
+    tokens of its step, nor on how its sequence was cut into steps.
 
     Layers that are stored quantized stay so in memory; inputs that the artifact says are quantized
     are rounded as it says, by a layer's own scale.
     Raises UnsupportedError for a model or rounding that the decoder does not know, ArtifactError
     for a tensor that is missing or of another shape than the config says.
     """
-    return _Loader(artifact, dtype, device).decoder()
+    return _Loader(artifact, dtype, device, deterministic).decoder()
 
 
 def runs_in_int8(scheme: LayerScheme | None) -> bool:
@@ -96,7 +109,10 @@ def stored_name(artifact: Artifact, parameter: str) -> str:
 
 
 class _Loader:
-    def __init__(self, artifact: Artifact, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, artifact: Artifact, dtype: torch.dtype, device: torch.device, fixed: bool
+    ) -> None:
+        self.fixed = fixed
         self.artifact = artifact
         self.config = ModelConfig.from_hf(artifact.config)
         self.names = self.config.names
@@ -110,7 +126,7 @@ class _Loader:
         config, names = self.config, self.names
         embedding = self.embedding()
         if config.tied_embeddings:
-            head: Projection = Linear(embedding.weight)
+            head: Projection = Linear(embedding.weight, fixed=self.fixed)
         else:
             head = self.linear(names.head)
         projected = config.embedding_size != config.hidden_size
@@ -177,6 +193,7 @@ class _Loader:
             window=window,
             cap=config.attention_cap,
             kv_scales=self.kv_scales(name),
+            fixed=self.fixed,
         )
 
     def kv_scales(self, name: str) -> KvScales | None:
@@ -202,10 +219,14 @@ class _Loader:
             return self.experts(name, config.experts)
         wide = side_by_side([self.linear(f"{name}.{part}", "mlp") for part in names.wide])
         down = self.linear(f"{name}.{names.down}", "mlp")
-        activation = activate(config.activation)
+        activation = self.activation()
         if config.gated:
             return GatedMLP(wide, down, activation)
         return PlainMLP(wide, down, activation)
+
+    def activation(self) -> Activate:
+        activation = activate(self.config.activation)
+        return by_row(activation) if self.fixed else activation
 
     def experts(self, name: str, experts: Experts) -> ExpertsMLP:
         owner = f"{name}.{self.names.experts}"
@@ -218,14 +239,17 @@ class _Loader:
         hidden, inner = self.config.hidden_size, experts.intermediate_size
         wide = self.tensor(f"{owner}.{_STACKED[0]}", (experts.count, 2 * inner, hidden))
         down = self.tensor(f"{owner}.{_STACKED[1]}", (experts.count, hidden, inner))
-        activation = activate(self.config.activation)
+        activation = self.activation()
         return tuple(
-            GatedMLP(Linear(wide[e]), Linear(down[e]), activation) for e in range(experts.count)
+            GatedMLP(
+                Linear(wide[e], fixed=self.fixed), Linear(down[e], fixed=self.fixed), activation
+            )
+            for e in range(experts.count)
         )
 
     def apart(self, owner: str, experts: Experts) -> tuple[GatedMLP, ...]:
         gate, up, down = self.names.expert
-        activation = activate(self.config.activation)
+        activation = self.activation()
         return tuple(
             GatedMLP(
                 side_by_side([self.linear(f"{owner}.{e}.{part}") for part in (gate, up)]),
@@ -275,7 +299,7 @@ class _Loader:
             self.check_shape(f"{name}.weight", weight.codes, shape)
             codes = (weight.codes.to(torch.int16) - weight.zeros.to(torch.int16)).to(torch.int8)
             scales = weight.scales.squeeze(1).to(self.device, torch.float32)
-            return Int8Linear(codes.to(self.device), scales, activation, bias, scale)
+            return Int8Linear(codes.to(self.device), scales, activation, bias, scale, self.fixed)
         return RoundedLinear(self.held(name, weight, bias, shape), activation, scale)
 
     def held(
@@ -289,12 +313,21 @@ class _Loader:
         if isinstance(weight, Tensor):
             turned = self.config.transposed and name != self.names.head
             value = weight.t() if turned else weight
-            return Linear(self.checked(f"{name}.weight", value, shape).contiguous(), bias)
+            dense = self.checked(f"{name}.weight", value, shape).contiguous()
+            return Linear(dense, bias, self.fixed)
         self.check_shape(f"{name}.weight", weight.codes, shape)
-        packed = pack(weight, bias, dtype=self.dtype, device=self.device, scratch=self.scratch)
+        packed = pack(
+            weight,
+            bias,
+            dtype=self.dtype,
+            device=self.device,
+            scratch=self.scratch,
+            fixed=self.fixed,
+        )
         if packed is not None:
             return packed
-        return Linear(weight.dequantize().to(device=self.device, dtype=self.dtype), bias)
+        dense = weight.dequantize().to(device=self.device, dtype=self.dtype)
+        return Linear(dense, bias, self.fixed)
 
     def check_rounding(self, name: str, activation: ActivationFormat) -> None:
         if activation.dynamic and activation.strategy == "tensor":

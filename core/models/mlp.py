@@ -28,6 +28,19 @@ def activate(kind: Activation) -> Activate:
             return partial(F.gelu, approximate="tanh")
 
 
+def by_row(activation: Activate) -> Activate:
+    """The same, row by row.
+
+    A vector unit rounds an exponential otherwise than the few numbers left over at the end, and
+    which those are depends on how many rows there are.
+    """
+
+    def each(x: Tensor) -> Tensor:
+        return torch.cat([activation(x[row : row + 1]) for row in range(len(x))])
+
+    return each
+
+
 class FeedForward(Protocol):
     """[T, hidden] -> [T, hidden], token by token."""
 

@@ -25,6 +25,8 @@ class EngineSettings(Settings):
     """Requests in one step at most."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Longest prompt plus output; default: the model's own limit."""
+    deterministic: bool = False
+    """A request's tokens do not depend, by a single bit, on the others or on its chunks; slower."""
     device: Device = "auto"
     dtype: DType = "auto"
     seed: Seed = 0

@@ -12,7 +12,7 @@ from infopt.core.hardware.choose import choose_device, choose_dtype
 from infopt.core.models.config import ModelConfig, token_ids
 from infopt.core.models.load import load_decoder
 from infopt.core.recipe.serve import EngineSettings
-from infopt.core.runtime.batch import build_batch
+from infopt.core.runtime.batch import Batch, build_batch
 from infopt.core.runtime.block_pool import BlockPool
 from infopt.core.runtime.kv_cache import KVCache, blocks_that_fit, cache_dtype
 from infopt.core.runtime.model_runner import ModelRunner
@@ -71,7 +71,7 @@ class Engine:
         limit = _longest(config, settings)
         name = choose_device(settings.device)
         device, dtype = torch.device(name), getattr(torch, choose_dtype(settings.dtype, name))
-        decoder = load_decoder(artifact, dtype, device)
+        decoder = load_decoder(artifact, dtype, device, deterministic=settings.deterministic)
         kept = cache_dtype(settings.kv_dtype, artifact, dtype)
         blocks = settings.kv_blocks or blocks_that_fit(
             config,
@@ -137,8 +137,13 @@ class Engine:
         self._steps += 1
         requests = [item.request for item in batch.sampling]
         choices = sample(logits, [r.params for r in requests], [r.generator for r in requests])
+        faults = [
+            self._fault(batch, row) if choice.token_id is None else ""
+            for row, choice in enumerate(choices)
+        ]
         return outputs + [
-            self._take(request, choice) for request, choice in zip(requests, choices, strict=True)
+            self._take(request, choice, fault)
+            for request, choice, fault in zip(requests, choices, faults, strict=True)
         ]
 
     def has_work(self) -> bool:
@@ -162,12 +167,18 @@ class Engine:
         held = [block for request in self._requests.values() for block in request.blocks]
         assert len(held) == len(set(held)) == self._pool.used
 
-    def _take(self, request: Request, choice: Choice) -> StepOutput:
+    def _fault(self, batch: Batch, row: int) -> str:
+        """What is wrong with the logits of the batch's sampled `row`."""
+        place = row if batch.rows is None else int(batch.rows[row])
+        layer = self._runner.first_fault(batch.inputs, place)
+        length = len(batch.sampling[row].request.tokens)
+        return f"the logits after token {length} are not finite: {layer} is the first that is not"
+
+    def _take(self, request: Request, choice: Choice, fault: str) -> StepOutput:
         """Add a chosen token to its request and see whether that ends it."""
         name, token = request.request_id, choice.token_id
         if token is None:
             self._finish(request)
-            fault = f"the logits after token {len(request.tokens)} are not finite"
             return StepOutput(name, finish_reason="error", error=fault)
         if self._stops(request.params, token):
             self._finish(request)

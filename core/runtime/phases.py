@@ -23,7 +23,12 @@ class PhaseRunner:
         self.dtype = choose_dtype(settings.dtype, name)
         self._device = torch.device(name)
         self._block_size = settings.block_size
-        self._decoder = load_decoder(artifact, getattr(torch, self.dtype), self._device)
+        self._decoder = load_decoder(
+            artifact,
+            getattr(torch, self.dtype),
+            self._device,
+            deterministic=settings.deterministic,
+        )
         self._kept = cache_dtype(settings.kv_dtype, artifact, self._decoder.dtype)
         self.weight_bytes = self._decoder.step_bytes
         """Bytes of weights that a decode step reads."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from infopt.kernels.attention.cache import by_slot
 from infopt.kernels.attention.eight_bits import STORAGE, decode
+from infopt.kernels.attention.fixed import FixedReads, plan_tiles
 
 # Up to this context, padding costs less than another call.
 _PADDED_FREELY = 256
@@ -79,6 +80,8 @@ class WindowReads:
 
     decodes: tuple[Reads, ...]
     chunks: tuple[Reads, ...]
+    tiles: tuple[FixedReads, ...] = ()
+    """In place of both, where shapes must not depend on the step."""
 
 
 class AttentionPlan:
@@ -104,14 +107,35 @@ class AttentionPlan:
         assert all(n > 1 for n in self._lengths[single:]), "requests with one query come first"
         self._single, self._block_size = single, block_size
         self._dtype, self._device = dtype, device
-        self._reads: dict[int | None, WindowReads] = {}
+        self._reads: dict[tuple[int | None, bool], WindowReads] = {}
 
-    def reads(self, window: int | None = None) -> WindowReads:
-        """Of layers that look back on `window` tokens, or on all."""
-        found = self._reads.get(window)
+    def reads(self, window: int | None = None, *, fixed: bool = False) -> WindowReads:
+        """Of layers that look back on `window` tokens, or on all.
+
+        `fixed`: in calls whose shapes do not depend on what else is in the step.
+        """
+        found = self._reads.get((window, fixed))
         if found is None:
-            found = self._reads[window] = self._planned(window)
+            found = self._tiles(window) if fixed else self._planned(window)
+            self._reads[window, fixed] = found
         return found
+
+    def _tiles(self, window: int | None) -> WindowReads:
+        tiles = [
+            tile
+            for r, length in enumerate(self._lengths)
+            for tile in plan_tiles(
+                self._tables[r],
+                self._contexts[r],
+                self._starts[r],
+                length,
+                self._block_size,
+                window,
+                self._dtype,
+                self._device,
+            )
+        ]
+        return WindowReads((), (), tuple(tiles))
 
     def _planned(self, window: int | None) -> WindowReads:
         seen = [min(context, window or context) for context in self._contexts[: self._single]]
@@ -193,6 +217,13 @@ def planned_attention(
         output[part.rows] = _attend_decodes(query[part.rows], cache, part, scale, cap)
     for part in reads.chunks:
         output[part.rows] = _attend_chunk(query[part.rows], cache, part, scale, cap)
+    for tile in reads.tiles:
+        new = tile.rows.stop - tile.rows.start
+        whole = query.new_zeros(len(tile.mask), *query.shape[1:])
+        whole[tile.offset : tile.offset + new] = query[tile.rows]
+        found = Reads(slice(0, len(tile.mask)), tile.slots, 1, tile.mask)
+        attended = _attend_chunk(whole, cache, found, scale, cap)
+        output[tile.rows] = attended[tile.offset : tile.offset + new]
     return output
 
 

@@ -42,15 +42,22 @@ class Int4Tiles:
 
 
 def int4_linear(
-    x: Tensor, weight: Int4Tiles, bias: Tensor | None, scratch: Scratch, *, few: int = _FEW_ROWS
+    x: Tensor,
+    weight: Int4Tiles,
+    bias: Tensor | None,
+    scratch: Scratch,
+    *,
+    few: int = _FEW_ROWS,
+    fixed: bool = False,
 ) -> Tensor:
     """x bfloat16 [M, K] -> [M, N]; sums in float32.
 
     Up to `few` rows are multiplied by torch's int4 product, in which no row has a part in another's
-    result; more by the weight, dequantized block by block and rounded to bfloat16.
+    result; more by the weight, dequantized block by block and rounded to bfloat16. `fixed`: by that
+    product, however many they are.
     """
     outputs, inputs = weight.shape
-    if x.shape[0] <= few:
+    if fixed or x.shape[0] <= few:
         size = inputs // weight.scales_offsets.shape[0]
         packed = weight.tiles.view(outputs, inputs // 2)
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infopt.kernels.gemm.scratch import Scratch
+from infopt.kernels.gemm.tiles import tiled_linear
 
 # Weights dequantized at a time: what passes through the cache before it is multiplied.
 _BLOCK_ELEMENTS = 1 << 19
@@ -38,8 +39,14 @@ def dequantized(weight: Rows, device: torch.device) -> Tensor:
     return out
 
 
-def rows_linear(x: Tensor, weight: Rows, bias: Tensor | None, scratch: Scratch) -> Tensor:
-    """F.linear(x, dequantized weight in the dtype of x, bias): x [M, K] -> [M, N]."""
+def rows_linear(
+    x: Tensor, weight: Rows, bias: Tensor | None, scratch: Scratch, *, fixed: bool = False
+) -> Tensor:
+    """F.linear(x, dequantized weight in the dtype of x, bias): x [M, K] -> [M, N].
+
+    `fixed`: in products of a fixed number of rows.
+    """
+    product = tiled_linear if fixed else F.linear
     outputs, inputs = weight.shape
     step = block_rows(inputs, weight.multiple)
     y = x.new_empty(x.shape[0], outputs)
@@ -50,7 +57,7 @@ def rows_linear(x: Tensor, weight: Rows, bias: Tensor | None, scratch: Scratch) 
         if x.dtype != torch.float32:
             rounded = scratch.take("rounded", (rows, inputs), x.dtype, x.device)
             values = rounded.copy_(values)
-        y[:, start : start + rows] = F.linear(x, values)
+        y[:, start : start + rows] = product(x, values)
     return y if bias is None else y.add_(bias)
 
 

@@ -207,6 +207,21 @@ def test_one_row_and_many_take_the_same_weight(source: Artifact, tmp_path: Path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["awq", "gptq w4 act-order", "gptq w3", "fp8 block", "nf4 double"])
+@torch.inference_mode()
+def test_deterministic_rows_never_see_the_others(
+    case: str, dtype: torch.dtype, source: Artifact, tmp_path: Path
+) -> None:
+    layout, rounded, activation = CASES[case]
+    packed, _ = stored(source, tmp_path, layout, everywhere(rounded), activation)
+    mlp = load_decoder(packed, dtype, CPU, deterministic=True).layers[0].mlp
+    x = torch.randn(50, 128).to(dtype)
+    together = mlp(x)
+    for part in (slice(0, 1), slice(7, 9), slice(4, 45)):
+        assert torch.equal(mlp(x[part]), together[part])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [*CASES, "dense"])
 def test_memory_is_that_of_what_is_stored(
     case: str, dtype: torch.dtype, source: Artifact, tmp_path: Path

@@ -70,6 +70,8 @@ def both(
         for table, (new, context) in zip(tables, requests, strict=True):
             for position in range(context - new - window + 1):
                 cache[table[position // block_size], position % block_size] = torch.nan
+    fixed = planned_attention(query, cache, plan.reads(window, fixed=True), scale, cap)
+    agree(fixed, plain)
     return planned_attention(query, cache, plan.reads(window), scale, cap), plain
 
 

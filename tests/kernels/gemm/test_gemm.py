@@ -10,6 +10,7 @@ from infopt.kernels.gemm.int4 import Int4Tiles, dequantized_int4, int4_linear, t
 from infopt.kernels.gemm.integers import IntegerRows, pack_planes
 from infopt.kernels.gemm.rows import Rows, dequantized, rows_linear
 from infopt.kernels.gemm.scratch import Scratch
+from infopt.kernels.gemm.tiles import tiled_linear
 
 CPU = torch.device("cpu")
 
@@ -104,6 +105,10 @@ def test_products_are_those_of_the_dequantized_weight(
     torch.testing.assert_close(
         rows_linear(x, rows, bias, scratch), F.linear(x, wanted, bias), atol=1e-4, rtol=1e-5
     )
+    fixed = rows_linear(x, rows, bias, scratch, fixed=True)
+    alone = torch.cat([rows_linear(row, rows, bias, scratch, fixed=True) for row in x.split(1)])
+    assert torch.equal(fixed, alone)
+    torch.testing.assert_close(fixed, F.linear(x, wanted, bias), atol=1e-4, rtol=1e-5)
     half = rows_linear(x.bfloat16(), rows, None, scratch)
     rounded = F.linear(x.bfloat16(), wanted.bfloat16())
     assert half.dtype == torch.bfloat16
@@ -148,7 +153,22 @@ def test_a_row_of_the_int4_product_does_not_see_the_others() -> None:
     codes = torch.randint(16, (64, 64), dtype=torch.uint8)
     weight = Int4Tiles(to_tiles(codes), torch.randn(2, 64, 2).bfloat16())
     x = torch.randn(23, 64).bfloat16()
-    together = int4_linear(x, weight, None, Scratch())
+    together = int4_linear(x, weight, None, Scratch(), few=0, fixed=True)
     for row in range(23):
         alone = int4_linear(x[row : row + 1], weight, None, Scratch())
         assert torch.equal(alone, together[row : row + 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("outputs", "inputs"), [(960, 576), (31, 97), (5, 13), (576, 1536)])
+def test_a_row_of_tiles_does_not_see_the_others(
+    outputs: int, inputs: int, dtype: torch.dtype
+) -> None:
+    weight, bias = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype)
+    x = torch.randn(41, inputs).to(dtype)
+    together = tiled_linear(x, weight, bias)
+    for start, rows in ((0, 1), (3, 1), (40, 1), (7, 2), (10, 16), (1, 33)):
+        part = slice(start, start + rows)
+        assert torch.equal(tiled_linear(x[part], weight, bias), together[part])
+    close = dict(atol=1e-3, rtol=1e-4) if dtype == torch.float32 else dict(atol=0.5, rtol=0.02)
+    torch.testing.assert_close(together, F.linear(x, weight, bias), **close)
