@@ -43,6 +43,7 @@ def bench(
     ] = None,
     block_size: opt.BlockSize = None,
     kv_blocks: opt.KvBlocks = None,
+    kv_dtype: opt.KvDType = None,
     max_batch_tokens: opt.MaxBatchTokens = None,
     max_chunk_tokens: opt.MaxChunkTokens = None,
     max_running: opt.MaxRunning = None,
@@ -52,6 +53,7 @@ def bench(
     watermark: opt.Watermark = None,
     prefix_caching: opt.PrefixCaching = None,
     prefix_host_bytes: opt.PrefixHostBytes = None,
+    deterministic: opt.Deterministic = None,
     recipe: opt.RecipeFile = None,
     output: opt.ReportOutput = None,
     device: opt.DeviceOption = None,
@@ -82,6 +84,7 @@ def bench(
     engine: dict[str, Any] = {
         "block_size": block_size,
         "kv_blocks": kv_blocks,
+        "kv_dtype": kv_dtype,
         "max_batch_tokens": max_batch_tokens,
         "max_chunk_tokens": max_chunk_tokens,
         "max_running": max_running,
@@ -91,6 +94,7 @@ def bench(
         "watermark": watermark,
         "prefix_caching": prefix_caching,
         "prefix_host_bytes": prefix_host_bytes,
+        "deterministic": deterministic,
     }
     common = opt.Common(
         recipe, output, device, dtype, seed, json, quiet, yes, dry_run, trust_remote_code

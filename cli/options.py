@@ -20,6 +20,12 @@ class BatchingWord(StrEnum):
     continuous = "continuous"
 
 
+class KvDTypeWord(StrEnum):
+    auto = "auto"
+    int8 = "int8"
+    fp8 = "fp8"
+
+
 class DTypeWord(StrEnum):
     auto = "auto"
     float32 = "float32"
@@ -112,6 +118,22 @@ BlockSize = Annotated[
 KvBlocks = Annotated[
     int | None,
     typer.Option("--kv-blocks", help="Blocks in the KV pool.", show_default="what fits"),
+]
+KvDType = Annotated[
+    KvDTypeWord | None,
+    typer.Option(
+        "--kv-dtype",
+        help="Of cached keys and values; auto: what the artifact says, else the type of the run.",
+        show_default="auto",
+    ),
+]
+Deterministic = Annotated[
+    bool | None,
+    typer.Option(
+        "--deterministic/--no-deterministic",
+        help="A request's tokens depend, by no bit, on what runs along; slower.",
+        show_default="no-deterministic",
+    ),
 ]
 MaxBatchTokens = Annotated[
     int | None,

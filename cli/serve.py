@@ -28,6 +28,7 @@ def serve(
     ] = None,
     block_size: opt.BlockSize = None,
     kv_blocks: opt.KvBlocks = None,
+    kv_dtype: opt.KvDType = None,
     max_batch_tokens: opt.MaxBatchTokens = None,
     max_chunk_tokens: opt.MaxChunkTokens = None,
     max_running: opt.MaxRunning = None,
@@ -37,6 +38,7 @@ def serve(
     watermark: opt.Watermark = None,
     prefix_caching: opt.PrefixCaching = None,
     prefix_host_bytes: opt.PrefixHostBytes = None,
+    deterministic: opt.Deterministic = None,
     ask: Annotated[
         list[str] | None,
         typer.Option(
@@ -64,6 +66,7 @@ def serve(
         "model_name": model_name,
         "block_size": block_size,
         "kv_blocks": kv_blocks,
+        "kv_dtype": kv_dtype,
         "max_batch_tokens": max_batch_tokens,
         "max_chunk_tokens": max_chunk_tokens,
         "max_running": max_running,
@@ -73,6 +76,7 @@ def serve(
         "watermark": watermark,
         "prefix_caching": prefix_caching,
         "prefix_host_bytes": prefix_host_bytes,
+        "deterministic": deterministic,
         "ask": tuple(ask) if ask else None,
     }
     common = opt.Common(

@@ -9,6 +9,7 @@ from infopt.core.recipe.text import Device, DType
 
 Batching = Literal["static", "dynamic", "continuous"]
 BATCH_WAIT_MS = 50.0
+KvDType = Literal["auto", "int8", "fp8"]
 
 
 class EngineSettings(Settings):
@@ -24,6 +25,8 @@ class EngineSettings(Settings):
     """Token slots per block of the paged KV cache."""
     kv_blocks: int | None = Field(default=None, ge=1)
     """Blocks in the pool; default: what fits in a share of the free memory."""
+    kv_dtype: KvDType = "auto"
+    """Of cached keys and values; auto: what the artifact says, else the dtype of the run."""
     max_batch_tokens: int = Field(default=512, ge=1)
     """Tokens computed in one step, over all requests."""
     max_chunk_tokens: int | None = Field(default=None, ge=1)
@@ -38,6 +41,8 @@ class EngineSettings(Settings):
     """Host memory for what evicted prefix blocks held; 0: none."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Longest prompt plus output; default: the model's own limit."""
+    deterministic: bool = False
+    """A request's tokens do not depend, by a single bit, on the others or on its chunks; slower."""
     device: Device = "auto"
     dtype: DType = "auto"
     seed: Seed = 0

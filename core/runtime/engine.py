@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from infopt.core.artifact.read import Artifact, read_json
-from infopt.core.errors import ResourceError, UnsupportedError, UsageError
+from infopt.core.errors import ResourceError, UsageError
 from infopt.core.hardware.choose import choose_device, choose_dtype
 from infopt.core.models.config import ModelConfig, token_ids
 from infopt.core.models.decoder import Decoder
 from infopt.core.models.load import load_decoder
 from infopt.core.recipe.serve import EngineSettings
-from infopt.core.runtime.batch import build_batch
+from infopt.core.runtime.batch import Batch, build_batch
 from infopt.core.runtime.beam_group import BeamGroup
 from infopt.core.runtime.block_pool import BlockPool
-from infopt.core.runtime.kv_cache import KVCache, blocks_that_fit
+from infopt.core.runtime.kv_cache import KVCache, blocks_that_fit, cache_dtype
 from infopt.core.runtime.model_runner import ModelRunner
 from infopt.core.runtime.prefix_cache import PrefixCache
 from infopt.core.runtime.prefix_store import PrefixStore
@@ -75,17 +75,18 @@ class Engine:
         limit = _longest(config, settings)
         name = choose_device(settings.device)
         device, dtype = torch.device(name), getattr(torch, choose_dtype(settings.dtype, name))
-        decoder = load_decoder(artifact, dtype, device)
+        decoder = load_decoder(artifact, dtype, device, deterministic=settings.deterministic)
+        kept = cache_dtype(settings.kv_dtype, artifact, dtype)
         blocks = settings.kv_blocks or blocks_that_fit(
             config,
             block_size=settings.block_size,
-            dtype=dtype,
+            dtype=kept,
             device=device,
             enough=settings.max_running * -(-limit // settings.block_size),
-            step_bytes=_step_bytes(decoder, settings),
+            step_bytes=_step_bytes(decoder, settings, kept),
         )
         cache = KVCache(
-            config, blocks=blocks, block_size=settings.block_size, dtype=dtype, device=device
+            config, blocks=blocks, block_size=settings.block_size, dtype=kept, device=device
         )
         store = PrefixStore(settings.prefix_host_bytes) if settings.prefix_host_bytes else None
         return cls(
@@ -157,12 +158,14 @@ class Engine:
         ran = time.perf_counter()
         self._scheduler.advance(step)
         sampling = [item.request for item in batch.sampling]
-        outputs += self._extend_beams(sampling, logits)
+        outputs += self._extend_beams(batch, logits)
         requests, rows = self._answers(sampling)
         if rows != list(range(len(sampling))):
             logits = logits[torch.tensor(rows, dtype=torch.int64, device=logits.device)]
         choices = sample(logits, [r.params for r in requests], [r.generator for r in requests])
-        outputs += [self._take(r, choice) for r, choice in zip(requests, choices, strict=True)]
+        for request, choice, row in zip(requests, choices, rows, strict=True):
+            fault = self._fault(batch, row) if choice.token_id is None else ""
+            outputs.append(self._take(request, choice, fault))
         tokens = sum(item.tokens for item in step.work)
         self._meter.count(tokens, (began, scheduled, built, ran, time.perf_counter()))
         return outputs
@@ -218,16 +221,15 @@ class Engine:
             rows += [row] * len(answers)
         return requests, rows
 
-    def _extend_beams(self, sampling: list[Request], logits: Tensor) -> list[StepOutput]:
+    def _extend_beams(self, batch: Batch, logits: Tensor) -> list[StepOutput]:
         """Hand beams their logits; those of a request go on, or end, when all have theirs."""
         outputs: list[StepOutput] = []
-        for row, request in enumerate(sampling):
+        for row, request in enumerate(item.request for item in batch.sampling):
             name, group = request.request_id, self._beams.get(request.request_id)
             if group is None:
                 continue
             if not group.hold(request, logits[row]):
-                fault = f"the logits after token {len(request.tokens)} are not finite"
-                outputs += self._end_all(name, "error", fault)
+                outputs += self._end_all(name, "error", self._fault(batch, row))
             elif group.is_ready:
                 born, gone = group.advance(self._scheduler)
                 self._requests[name] += born
@@ -253,14 +255,20 @@ class Engine:
             self._finish(request)
         return [StepOutput(name, finish_reason=reason, error=error, index=i) for i in indices]
 
-    def _take(self, request: Request, choice: Choice) -> StepOutput:
+    def _fault(self, batch: Batch, row: int) -> str:
+        """What is wrong with the logits of the batch's sampled `row`."""
+        place = row if batch.rows is None else int(batch.rows[row])
+        layer = self._runner.first_fault(batch.inputs, place)
+        length = len(batch.sampling[row].request.tokens)
+        return f"the logits after token {length} are not finite: {layer} is the first that is not"
+
+    def _take(self, request: Request, choice: Choice, fault: str) -> StepOutput:
         """Add a chosen token to its request and see whether that ends it."""
         name, index, token = request.request_id, request.index, choice.token_id
         if token is None:
             if self._prefix is not None:
                 self._prefix.forget(request)
             self._finish(request)
-            fault = f"the logits after token {len(request.tokens)} are not finite"
             return StepOutput(name, finish_reason="error", error=fault, index=index)
         if self._stops(request.params, token):
             self._finish(request)
@@ -295,12 +303,12 @@ class Engine:
         return length
 
 
-def _step_bytes(decoder: Decoder, settings: EngineSettings) -> int:
+def _step_bytes(decoder: Decoder, settings: EngineSettings, cached: torch.dtype) -> int:
     """What the largest step takes: measured on a GPU, computed on a CPU, where a step is slow."""
     tokens, rows = settings.max_batch_tokens, settings.max_running
     if decoder.device.type == "cuda":
         return measured_step_bytes(
-            decoder, tokens=tokens, rows=rows, block_size=settings.block_size
+            decoder, tokens=tokens, rows=rows, block_size=settings.block_size, cached=cached
         )
     return computed_step_bytes(decoder.config, tokens=tokens, rows=rows, dtype=decoder.dtype)
 
@@ -332,11 +340,6 @@ def _longest(config: ModelConfig, settings: EngineSettings) -> int:
     if asked > config.max_positions:
         raise UsageError(
             f"max_model_len {asked} is beyond the {config.max_positions} positions of the model"
-        )
-    if asked > config.full_attention_positions:
-        raise UnsupportedError(
-            f"max_model_len {asked} is beyond the sliding window of {config.sliding_window} tokens",
-            "sliding-window attention is not known; stay within the window",
         )
     return asked
 

@@ -6,8 +6,11 @@ import psutil
 import torch
 from torch import Tensor
 
+from infopt.core.artifact.quantized import kv_format
+from infopt.core.artifact.read import Artifact
 from infopt.core.errors import ResourceError
 from infopt.core.models.config import ModelConfig
+from infopt.core.recipe.serve import KvDType
 from infopt.kernels.attention.cache import (
     copy_blocks,
     new_cache,
@@ -19,6 +22,17 @@ from infopt.kernels.attention.cache import (
 # Of the memory that is free once weights and the largest step are in it; the rest is for others.
 _CPU_SHARE = 0.5
 _CUDA_SHARE = 0.9
+
+
+def cache_dtype(word: KvDType, artifact: Artifact, dtype: torch.dtype) -> torch.dtype:
+    """Of keys and values: what is asked for, else what the artifact says, else the run's dtype."""
+    match word if word != "auto" else kv_format(artifact):
+        case "int8":
+            return torch.int8
+        case "fp8":
+            return torch.float8_e4m3fn
+        case _:
+            return dtype
 
 
 class KVCache:

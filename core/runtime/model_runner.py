@@ -39,3 +39,8 @@ class ModelRunner:
         if rows is not None:
             hidden = hidden.index_select(0, rows)
         return self.decoder.logits(hidden)
+
+    @torch.inference_mode()
+    def first_fault(self, inputs: StepInputs, row: int) -> str:
+        """The first layer whose output for a row of the step just run is not finite."""
+        return self.decoder.first_fault(inputs, self.cache.layers, row)

@@ -28,8 +28,13 @@ def computed_step_bytes(config: ModelConfig, *, tokens: int, rows: int, dtype: t
     return tokens * each + logits + config.vocab_size * _ONE_ROW_BYTES
 
 
-def measured_step_bytes(decoder: Decoder, *, tokens: int, rows: int, block_size: int) -> int:
-    """The peak of such a step on a GPU, prompts of equal lengths, drawn from a nucleus."""
+def measured_step_bytes(
+    decoder: Decoder, *, tokens: int, rows: int, block_size: int, cached: torch.dtype
+) -> int:
+    """The peak of such a step on a GPU, prompts of equal lengths, drawn from a nucleus.
+
+    `cached` is the dtype of keys and values in the cache.
+    """
     device, rows = decoder.device, min(rows, tokens)
     length = tokens // rows
     width = -(-length // block_size)
@@ -37,7 +42,7 @@ def measured_step_bytes(decoder: Decoder, *, tokens: int, rows: int, block_size:
         decoder.config,
         blocks=rows * width,
         block_size=block_size,
-        dtype=decoder.dtype,
+        dtype=cached,
         device=device,
     )
     spans = [Span([0] * length, 0, range(r * width, (r + 1) * width)) for r in range(rows)]

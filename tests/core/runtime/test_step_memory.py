@@ -62,6 +62,6 @@ def test_the_estimate_is_no_less_than_a_step_takes_and_not_far_more(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_on_a_gpu_the_peak_is_measured(tiny_reference: Any) -> None:
     decoder = load_decoder(tiny_reference[0], torch.bfloat16, torch.device("cuda"))
-    small = measured_step_bytes(decoder, tokens=64, rows=4, block_size=4)
-    large = measured_step_bytes(decoder, tokens=512, rows=32, block_size=4)
+    small = measured_step_bytes(decoder, tokens=64, rows=4, block_size=4, cached=decoder.dtype)
+    large = measured_step_bytes(decoder, tokens=512, rows=32, block_size=4, cached=decoder.dtype)
     assert 0 < small < large
