@@ -14,6 +14,18 @@ class DeviceWord(StrEnum):
     cuda = "cuda"
 
 
+class BatchingWord(StrEnum):
+    static = "static"
+    dynamic = "dynamic"
+    continuous = "continuous"
+
+
+class KvDTypeWord(StrEnum):
+    auto = "auto"
+    int8 = "int8"
+    fp8 = "fp8"
+
+
 class DTypeWord(StrEnum):
     auto = "auto"
     float32 = "float32"
@@ -107,9 +119,33 @@ KvBlocks = Annotated[
     int | None,
     typer.Option("--kv-blocks", help="Blocks in the KV pool.", show_default="what fits"),
 ]
+KvDType = Annotated[
+    KvDTypeWord | None,
+    typer.Option(
+        "--kv-dtype",
+        help="Of cached keys and values; auto: what the artifact says, else the type of the run.",
+        show_default="auto",
+    ),
+]
+Deterministic = Annotated[
+    bool | None,
+    typer.Option(
+        "--deterministic/--no-deterministic",
+        help="A request's tokens depend, by no bit, on what runs along; slower.",
+        show_default="no-deterministic",
+    ),
+]
 MaxBatchTokens = Annotated[
     int | None,
     typer.Option("--max-batch-tokens", help="Tokens computed in one step.", show_default="512"),
+]
+MaxChunkTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-chunk-tokens",
+        help="Of these, tokens of one prompt.",
+        show_default="what running requests leave",
+    ),
 ]
 MaxRunning = Annotated[
     int | None, typer.Option("--max-running", help="Requests in one step.", show_default="32")
@@ -117,6 +153,47 @@ MaxRunning = Annotated[
 MaxModelLen = Annotated[
     int | None,
     typer.Option("--max-model-len", help="Longest prompt plus output.", show_default="the model's"),
+]
+Batching = Annotated[
+    BatchingWord | None,
+    typer.Option(
+        "--batching",
+        help="When requests join: once the batch before has ended (static); the same, once the "
+        "batch is full or has waited (dynamic); at any step (continuous).",
+        show_default="continuous",
+    ),
+]
+BatchWaitMs = Annotated[
+    float | None,
+    typer.Option(
+        "--batch-wait-ms",
+        help="How long a dynamic batch waits to be full.",
+        show_default="50",
+    ),
+]
+Watermark = Annotated[
+    float | None,
+    typer.Option(
+        "--watermark",
+        help="Share of the KV blocks left free when a request joins others.",
+        show_default="0.01",
+    ),
+]
+PrefixCaching = Annotated[
+    bool | None,
+    typer.Option(
+        "--prefix-caching/--no-prefix-caching",
+        help="Compute a beginning that requests have in common once.",
+        show_default="prefix-caching",
+    ),
+]
+PrefixHostBytes = Annotated[
+    int | None,
+    typer.Option(
+        "--prefix-host-bytes",
+        help="Host memory for prefixes that the KV pool gave up.",
+        show_default="0",
+    ),
 ]
 
 

@@ -94,8 +94,11 @@ def _command(artifact: "Artifact", settings: ServeSettings) -> list[str]:
     if artifact.trust_remote_code:
         words.append("--trust-remote-code")
     for key, value in settings.model_dump(mode="json", exclude={"ask"}).items():
-        if value is not None:
-            words += [f"--{key.replace('_', '-')}", str(value)]
+        option = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif value is not None:
+            words += [f"--{option}", str(value)]
     return words
 
 

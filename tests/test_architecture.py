@@ -43,6 +43,9 @@ TORCH_FREE = (
     "core/reports",
     "core/text",
     "core/models/config.py",
+    "core/models/families.py",
+    "core/models/rope.py",
+    "core/models/shapes.py",
     "core/profiling/static.py",
     "cli",
 )

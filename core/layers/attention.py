@@ -8,6 +8,7 @@ from infopt.core.layers.linear import Projection
 from infopt.core.layers.norm import HeadNorm
 from infopt.core.layers.rotary import Rotary
 from infopt.kernels.attention.cache import write_kv
+from infopt.kernels.attention.eight_bits import KvScales
 from infopt.kernels.attention.paged import AttentionPlan, planned_attention
 
 
@@ -15,7 +16,8 @@ from infopt.kernels.attention.paged import AttentionPlan, planned_attention
 class AttentionInputs:
     """Where the tokens of one step stand, for every layer alike."""
 
-    rotary: Rotary
+    rotaries: tuple[Rotary, ...]
+    """Of each kind of layer; none where positions are learned."""
     slots: Tensor
     """[T]: the cache slots of the step's tokens."""
     plan: AttentionPlan
@@ -31,6 +33,18 @@ class Attention:
     heads: int
     kv_heads: int
     head_dim: int
+    scale: float
+    """Of the scores."""
+    rotary: int | None = 0
+    """Which of the step's rotaries; None where positions are learned."""
+    window: int | None = None
+    """Tokens to look back on, itself included."""
+    cap: float | None = None
+    """Scores become cap * tanh(score / cap)."""
+    kv_scales: KvScales | None = None
+    """Calibrated ones, for a cache in 8 bits."""
+    fixed: bool = False
+    """In calls whose shapes do not depend on what else is in the step."""
 
     def __call__(self, x: Tensor, inputs: AttentionInputs, cache: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden]; `cache` is this layer's."""
@@ -39,9 +53,11 @@ class Attention:
         query_key = qkv[:, : self.heads + self.kv_heads]
         if self.head_norm is not None:
             query_key.copy_(self.head_norm(query_key))
-        inputs.rotary.rotate_(query_key)
-        write_kv(cache, qkv[:, self.heads :], inputs.slots)
-        attended = planned_attention(qkv[:, : self.heads], cache, inputs.plan, self.head_dim**-0.5)
+        if self.rotary is not None:
+            inputs.rotaries[self.rotary].rotate_(query_key)
+        write_kv(cache, qkv[:, self.heads :], inputs.slots, self.kv_scales)
+        reads = inputs.plan.reads(self.window, fixed=self.fixed)
+        attended = planned_attention(qkv[:, : self.heads], cache, reads, self.scale, self.cap)
         return self.output(attended.view(tokens, self.heads * self.head_dim))
 
     @property

@@ -11,9 +11,11 @@ class Embedding:
     """weight [vocabulary, hidden]; ids [T] -> [T, hidden]."""
 
     weight: Tensor
+    scale: float = 1.0
 
     def __call__(self, token_ids: Tensor) -> Tensor:
-        return F.embedding(token_ids, self.weight)
+        found = F.embedding(token_ids, self.weight)
+        return found if self.scale == 1.0 else found.mul_(self.scale)
 
     @property
     def nbytes(self) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from infopt.core.layers.int8 import Int8Linear
 from infopt.core.layers.linear import Linear, Projection, fused
+from infopt.core.layers.quantized import QuantizedLinear, fused_quantized
 from infopt.core.layers.rounded import RoundedLinear
 
 
@@ -33,11 +34,14 @@ def side_by_side(parts: Sequence[Projection]) -> Projection:
     rounded = [part for part in parts if isinstance(part, RoundedLinear)]
     if len(rounded) == len(parts) and _alike(rounded):
         first = rounded[0]
-        whole = fused([part.linear for part in rounded])
+        whole = side_by_side([part.linear for part in rounded])
         return RoundedLinear(whole, first.activation, first.input_scale)
     integers = [part for part in parts if isinstance(part, Int8Linear)]
     if len(integers) == len(parts) and _alike(integers):
         return _fused_int8(integers)
+    packed = [part for part in parts if isinstance(part, QuantizedLinear)]
+    if len(packed) == len(parts) and (joined := fused_quantized(packed)) is not None:
+        return joined
     return SideBySide(tuple(parts))
 
 
@@ -64,4 +68,5 @@ def _fused_int8(parts: Sequence[Int8Linear]) -> Int8Linear:
         activation=parts[0].activation,
         bias=torch.cat(biases) if biases else None,
         input_scale=parts[0].input_scale,
+        fixed=parts[0].fixed,
     )

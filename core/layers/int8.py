@@ -33,6 +33,8 @@ class Int8Linear:
     bias: Tensor | None = None
     input_scale: Tensor | None = None
     """The static scale, [] or [1]."""
+    fixed: bool = False
+    """A row's result never depends on the others, outliers included."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], in the dtype of x."""
@@ -45,7 +47,12 @@ class Int8Linear:
         y = sums.to(torch.float32).mul_(self.scales).mul_(scale)
         threshold = self.activation.outlier_threshold
         if threshold is not None:
-            self._add_outliers(y, rows, rows.abs() >= threshold)
+            outliers = rows.abs() >= threshold
+            # Which columns are summed must not depend on the rows beside.
+            step = 1 if self.fixed else max(len(rows), 1)
+            for start in range(0, len(rows), step):
+                part = slice(start, start + step)
+                self._add_outliers(y[part], rows[part], outliers[part])
         if self.bias is not None:
             y.add_(self.bias)
         return y.to(x.dtype).view(*x.shape[:-1], -1)

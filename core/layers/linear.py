@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infopt.kernels.gemm.tiles import tiled_linear
+
 
 class Projection(Protocol):
     """A linear map of the last dimension, however its weight is held."""
@@ -26,8 +28,12 @@ class Linear:
 
     weight: Tensor
     bias: Tensor | None = None
+    fixed: bool = False
+    """In products of a fixed number of rows: a row's result never depends on the others."""
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.fixed:
+            return tiled_linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
     @property
@@ -45,4 +51,4 @@ def fused(parts: Sequence[Linear]) -> Linear:
         # Stored by input: so MKL multiplies a row or two by a wide matrix 1.2 to 2 times as fast,
         # and more rows about as fast.
         weight = weight.t().contiguous().t()
-    return Linear(weight, torch.cat(biases) if biases else None)
+    return Linear(weight, torch.cat(biases) if biases else None, parts[0].fixed)

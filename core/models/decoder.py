@@ -1,6 +1,6 @@
-"""One decoder for Llama, Mistral, Qwen2 and Qwen3: a forward pass over a ragged batch."""
+"""One decoder for every architecture of `families`: a forward pass over a ragged batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +9,10 @@ from torch import Tensor
 from infopt.core.layers.attention import Attention, AttentionInputs
 from infopt.core.layers.embedding import Embedding
 from infopt.core.layers.linear import Linear, Projection
-from infopt.core.layers.norm import RMSNorm
+from infopt.core.layers.norm import Norm
 from infopt.core.layers.rotary import Rotary
 from infopt.core.models.config import ModelConfig
-from infopt.core.models.mlp import GatedMLP
+from infopt.core.models.mlp import FeedForward
 from infopt.kernels.attention.paged import AttentionPlan
 
 
@@ -31,20 +31,64 @@ class StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    input_norm: RMSNorm
+    """Attention, then an MLP, each added to what comes in.
+
+    A norm comes before each of the two; or, `norms_after`, after each sum. Where there are out
+    norms, they are of what is added.
+    """
+
+    input_norm: Norm
     attention: Attention
-    mlp_norm: RMSNorm
-    mlp: GatedMLP
+    mlp_norm: Norm
+    mlp: FeedForward
+    attention_out_norm: Norm | None = None
+    mlp_out_norm: Norm | None = None
+    norms_after: bool = False
 
     def __call__(self, x: Tensor, inputs: AttentionInputs, cache: Tensor) -> Tensor:
-        """x [T, hidden], which is added to in place."""
-        x.add_(self.attention(self.input_norm(x), inputs, cache))
-        return x.add_(self.mlp(self.mlp_norm(x)))
+        """x [T, hidden], which may be added to in place."""
+        return self.feed(self.attend(x, inputs, cache))
+
+    def attend(self, x: Tensor, inputs: AttentionInputs, cache: Tensor) -> Tensor:
+        """The first half."""
+
+        def attention(hidden: Tensor) -> Tensor:
+            return self.attention(hidden, inputs, cache)
+
+        return self._add(x, self.input_norm, attention, self.attention_out_norm)
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The second half."""
+        return self._add(x, self.mlp_norm, self.mlp, self.mlp_out_norm)
+
+    def _add(
+        self, x: Tensor, norm: Norm, part: Callable[[Tensor], Tensor], out_norm: Norm | None
+    ) -> Tensor:
+        found = part(x if self.norms_after else norm(x))
+        x = x.add_(found if out_norm is None else out_norm(found))
+        return norm(x) if self.norms_after else x
 
     @property
     def nbytes(self) -> int:
-        parts = (self.input_norm, self.attention, self.mlp_norm, self.mlp)
-        return sum(part.nbytes for part in parts)
+        return self._norm_bytes + self.attention.nbytes + self.mlp.nbytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of weights that one token reads."""
+        return self._norm_bytes + self.attention.nbytes + self.mlp.token_bytes
+
+    @property
+    def _norm_bytes(self) -> int:
+        norms = (self.input_norm, self.mlp_norm, self.attention_out_norm, self.mlp_out_norm)
+        return sum(norm.nbytes for norm in norms if norm is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryTable:
+    """Of one kind of layer: frequencies float32 [dim / 2], and what sines are multiplied by."""
+
+    frequencies: Tensor
+    magnitude: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +98,14 @@ class Decoder:
     config: ModelConfig
     embedding: Embedding
     layers: tuple[DecoderLayer, ...]
-    norm: RMSNorm
+    norm: Norm | None
     head: Projection
-    frequencies: Tensor
+    rotaries: tuple[RotaryTable, ...]
+    positions: Embedding | None = None
+    """Learned ones."""
+    project_in: Projection | None = None
+    """Of embeddings that are not as wide as the layers."""
+    project_out: Projection | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,24 +117,77 @@ class Decoder:
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of the weights that each decode step reads: all but an untied embedding table."""
-        return sum(layer.nbytes for layer in self.layers) + self.norm.nbytes + self.head.nbytes
+        """Bytes of the weights that a decode step of one token reads.
+
+        That is all but tables of which a row is read, and experts that it is not routed to.
+        """
+        return sum(layer.token_bytes for layer in self.layers) + self._outer_bytes
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of all weights in memory, a tied table once."""
         tied = isinstance(self.head, Linear) and self.head.weight is self.embedding.weight
-        return self.step_bytes + (0 if tied else self.embedding.nbytes)
+        tables = (None if tied else self.embedding, self.positions)
+        rows = sum(table.nbytes for table in tables if table is not None)
+        return sum(layer.nbytes for layer in self.layers) + self._outer_bytes + rows
+
+    @property
+    def _outer_bytes(self) -> int:
+        parts = (self.norm, self.head, self.project_in, self.project_out)
+        return sum(part.nbytes for part in parts if part is not None)
 
     def __call__(self, inputs: StepInputs, caches: Sequence[Tensor]) -> Tensor:
         """Fill the caches, one a layer; return hidden states [T, hidden] before the last norm."""
-        rotary = Rotary.at(inputs.positions, self.frequencies, self.dtype)
-        attention = AttentionInputs(rotary, inputs.slots, inputs.plan)
-        x = self.embedding(inputs.token_ids)
+        attention = self.attention_inputs(inputs)
+        x = self.embed(inputs)
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, attention, cache)
         return x
 
+    def attention_inputs(self, inputs: StepInputs) -> AttentionInputs:
+        """What is the same for every layer of a step."""
+        rotaries = tuple(
+            Rotary.at(inputs.positions, table.frequencies, self.dtype, table.magnitude)
+            for table in self.rotaries
+        )
+        return AttentionInputs(rotaries, inputs.slots, inputs.plan)
+
+    def embed(self, inputs: StepInputs) -> Tensor:
+        """What enters the first layer, [T, hidden]."""
+        x = self.embedding(inputs.token_ids)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        if self.positions is not None:
+            x = x.add_(self.positions(inputs.positions))
+        return x
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden] -> [R, vocabulary], for the rows that need them only."""
-        return self.head(self.norm(hidden))
+        x = hidden if self.norm is None else self.norm(hidden)
+        if self.project_out is not None:
+            x = self.project_out(x)
+        found, cap = self.head(x), self.config.logit_cap
+        return found if cap is None else found.div_(cap).tanh_().mul_(cap)
+
+    def first_fault(self, inputs: StepInputs, caches: Sequence[Tensor], row: int) -> str:
+        """Where a step's row first is not finite: the step is computed again, part by part.
+
+        To be called before the caches are written again: the same keys and values are written.
+        """
+        names, attention = self.config.names, self.attention_inputs(inputs)
+
+        def fine(x: Tensor) -> bool:
+            return bool(torch.isfinite(x[row]).all())
+
+        x = self.embed(inputs)
+        if not fine(x):
+            return names.embedding
+        for n, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            owner = f"{names.layer}.{n}"
+            x = layer.attend(x, attention, cache)
+            if not fine(x):
+                return f"{owner}.{names.output.rpartition('.')[0]}"
+            x = layer.feed(x)
+            if not fine(x):
+                return f"{owner}.{names.down.rpartition('.')[0] or names.down}"
+        return names.norm if self.norm is not None and not fine(self.norm(x)) else names.head

@@ -5,7 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from infopt.core.artifact.quantized import input_scale, layer_scheme, linear_weight
+from infopt.core.artifact.quantized import (
+    input_scale,
+    kv_format,
+    layer_scheme,
+    linear_weight,
+    stored_names,
+)
 from infopt.core.artifact.read import Artifact
 from infopt.core.errors import ArtifactError, UnsupportedError
 from infopt.core.formats.activation import ActivationFormat
@@ -16,27 +22,49 @@ from infopt.core.layers.embedding import Embedding
 from infopt.core.layers.fuse import side_by_side
 from infopt.core.layers.int8 import Int8Linear
 from infopt.core.layers.linear import Linear, Projection
-from infopt.core.layers.norm import HeadNorm, RMSNorm
+from infopt.core.layers.norm import HeadNorm, LayerNorm, Norm, RMSNorm
+from infopt.core.layers.quantized import pack
 from infopt.core.layers.rotary import inverse_frequencies
 from infopt.core.layers.rounded import RoundedLinear
-from infopt.core.models.config import ModelConfig
-from infopt.core.models.decoder import Decoder, DecoderLayer
-from infopt.core.models.mlp import GatedMLP
+from infopt.core.models.config import Experts, ModelConfig
+from infopt.core.models.decoder import Decoder, DecoderLayer, RotaryTable
+from infopt.core.models.families import Part
+from infopt.core.models.mlp import (
+    Activate,
+    ExpertsMLP,
+    FeedForward,
+    GatedMLP,
+    PlainMLP,
+    activate,
+    by_row,
+)
+from infopt.core.models.rope import Rope
+from infopt.core.models.shapes import linear_shapes
+from infopt.kernels.attention.eight_bits import FP8, INT8, KvScales
+from infopt.kernels.gemm.scratch import Scratch
+
+# What stacked experts are called, whatever they are called apart.
+_STACKED = ("gate_up_proj", "down_proj")
 
 
-def load_decoder(artifact: Artifact, dtype: torch.dtype, device: torch.device) -> Decoder:
+def load_decoder(
+    artifact: Artifact, dtype: torch.dtype, device: torch.device, *, deterministic: bool = False
+) -> Decoder:
     """Read the weights, one layer at a time, into `dtype` on `device`.
 
-    Layers whose weights and inputs are integers stay so, others are made dense; inputs that the
-    artifact says are quantized are rounded as it says, by a layer's own scale.
+    `deterministic`: what is computed of a token does not depend, by a single bit, on the other
+    tokens of its step, nor on how its sequence was cut into steps.
+
+    Layers that are stored quantized stay so in memory; inputs that the artifact says are quantized
+    are rounded as it says, by a layer's own scale.
     Raises UnsupportedError for a model or rounding that the decoder does not know, ArtifactError
     for a tensor that is missing or of another shape than the config says.
     """
-    return _Loader(artifact, dtype, device).decoder()
+    return _Loader(artifact, dtype, device, deterministic).decoder()
 
 
 def runs_in_int8(scheme: LayerScheme | None) -> bool:
-    """Whether a layer is held and multiplied as 8-bit integers; the others are made dense."""
+    """Whether a layer's weight and inputs are multiplied as 8-bit integers."""
     if scheme is None or scheme.activation is None:
         return False
     weight, inputs = scheme.weight, scheme.activation
@@ -51,113 +79,219 @@ def runs_in_int8(scheme: LayerScheme | None) -> bool:
 
 
 def weight_bytes(artifact: Artifact, dtype: torch.dtype) -> int:
-    """Bytes that the decoder's weights will take in memory, told by the files' headers."""
+    """Bytes that the decoder's weights will take in memory, told by the files' headers.
+
+    Of layers that stay packed, what is stored: the layouts in memory differ by little.
+    """
     config = ModelConfig.from_hf(artifact.config)
     total = artifact.summary().parameters * dtype.itemsize
-    for name, (outputs, inputs) in _linears(config).items():
-        if runs_in_int8(layer_scheme(artifact, name)):
-            total += outputs * (inputs + torch.float32.itemsize - inputs * dtype.itemsize)
+    for name, (outputs, inputs) in linear_shapes(config).items():
+        found = stored_name(artifact, f"{name}.weight").removesuffix(".weight")
+        scheme = layer_scheme(artifact, found)
+        if scheme is None:
+            continue
+        if runs_in_int8(scheme):
+            held = outputs * (inputs + torch.float32.itemsize)
+        else:
+            stored = stored_names(artifact, f"{found}.weight")
+            held = sum(artifact.headers[tensor].nbytes for tensor in stored)
+        total += held - outputs * inputs * dtype.itemsize
     return total
 
 
-def _linears(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """The shapes [out, in] of the linear layers."""
-    hidden, wide = config.hidden_size, config.intermediate_size
-    query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    block = {
-        "self_attn.q_proj": (query, hidden),
-        "self_attn.k_proj": (key, hidden),
-        "self_attn.v_proj": (key, hidden),
-        "self_attn.o_proj": (hidden, query),
-        "mlp.gate_proj": (wide, hidden),
-        "mlp.up_proj": (wide, hidden),
-        "mlp.down_proj": (hidden, wide),
-    }
-    found = {
-        f"model.layers.{n}.{part}": shape
-        for n in range(config.layers)
-        for part, shape in block.items()
-    }
-    return found | {"lm_head": (config.vocab_size, hidden)}
+def stored_name(artifact: Artifact, parameter: str) -> str:
+    """A parameter's name in the artifact: checkpoints of a base model leave its first word out."""
+    if not stored_names(artifact, parameter):
+        short = parameter.partition(".")[2]
+        if short and stored_names(artifact, short):
+            return short
+    return parameter
 
 
 class _Loader:
-    def __init__(self, artifact: Artifact, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, artifact: Artifact, dtype: torch.dtype, device: torch.device, fixed: bool
+    ) -> None:
+        self.fixed = fixed
         self.artifact = artifact
         self.config = ModelConfig.from_hf(artifact.config)
+        self.names = self.config.names
         self.dtype = dtype
         self.device = device
-        self.shapes = _linears(self.config)
+        self.shapes = linear_shapes(self.config)
+        self.scratch = Scratch()
+        self.kv_format = kv_format(artifact)
 
     def decoder(self) -> Decoder:
-        config = self.config
-        table = (config.vocab_size, config.hidden_size)
-        embedding = Embedding(self.tensor("model.embed_tokens.weight", table))
+        config, names = self.config, self.names
+        embedding = self.embedding()
         if config.tied_embeddings:
-            head: Projection = Linear(embedding.weight)
+            head: Projection = Linear(embedding.weight, fixed=self.fixed)
         else:
-            head = self.linear("lm_head", bias=False)
-        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+            head = self.linear(names.head)
+        projected = config.embedding_size != config.hidden_size
         return Decoder(
             config=config,
             embedding=embedding,
-            layers=tuple(self.layer(f"model.layers.{n}") for n in range(config.layers)),
-            norm=self.norm("model.norm"),
+            layers=tuple(self.layer(n) for n in range(config.layers)),
+            norm=self.norm(names.norm) if config.final_norm else None,
             head=head,
-            frequencies=frequencies.to(self.device),
+            rotaries=tuple(
+                self.rotary(rope) for rope in (config.rope, config.local_rope) if rope is not None
+            ),
+            positions=self.positions() if config.rope is None else None,
+            project_in=self.linear(names.project_in) if projected else None,
+            project_out=self.linear(names.project_out) if projected else None,
         )
 
-    def layer(self, name: str) -> DecoderLayer:
-        return DecoderLayer(
-            input_norm=self.norm(f"{name}.input_layernorm"),
-            attention=self.attention(f"{name}.self_attn"),
-            mlp_norm=self.norm(f"{name}.post_attention_layernorm"),
-            mlp=self.mlp(f"{name}.mlp"),
-        )
+    def embedding(self) -> Embedding:
+        shape = (self.config.vocab_size, self.config.embedding_size)
+        # Rounded as transformers rounds it, so that both embed alike.
+        scale = torch.tensor(self.config.embedding_scale).to(self.dtype).item()
+        return Embedding(self.tensor(f"{self.names.embedding}.weight", shape), float(scale))
 
-    def attention(self, name: str) -> Attention:
-        config = self.config
-        parts = [
-            self.linear(f"{name}.{part}", bias=config.qkv_bias)
-            for part in ("q_proj", "k_proj", "v_proj")
+    def positions(self) -> Embedding:
+        config, first = self.config, self.config.position_offset
+        shape = (config.max_positions + first, config.hidden_size)
+        return Embedding(self.tensor(f"{self.names.positions}.weight", shape)[first:])
+
+    def rotary(self, rope: Rope) -> RotaryTable:
+        frequencies = inverse_frequencies(rope.dim, rope.theta, rope.scaling)
+        magnitude = rope.scaling.attention_factor if rope.scaling is not None else 1.0
+        return RotaryTable(frequencies.to(self.device), magnitude)
+
+    def layer(self, index: int) -> DecoderLayer:
+        names, name = self.names, f"{self.names.layer}.{index}"
+        outer = [
+            self.norm(f"{name}.{norm}") if norm else None
+            for norm in (names.attention_norm, names.mlp_out_norm)
         ]
+        return DecoderLayer(
+            input_norm=self.norm(f"{name}.{names.input_norm}"),
+            attention=self.attention(name, self.config.windows[index]),
+            mlp_norm=self.norm(f"{name}.{names.mlp_norm}"),
+            mlp=self.mlp(name, index),
+            attention_out_norm=outer[0],
+            mlp_out_norm=outer[1],
+            norms_after=self.config.norms_after,
+        )
+
+    def attention(self, name: str, window: int | None) -> Attention:
+        config, names = self.config, self.names
+        rotary = None if config.rope is None else 0
+        if config.local_rope is not None and window is not None:
+            rotary = 1
         return Attention(
-            qkv=side_by_side(parts),
-            output=self.linear(f"{name}.o_proj", bias=config.output_bias),
+            qkv=side_by_side([self.linear(f"{name}.{part}", "qkv") for part in names.qkv]),
+            output=self.linear(f"{name}.{names.output}", "output"),
             head_norm=self.head_norm(name) if config.qk_norm else None,
             heads=config.heads,
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
+            scale=config.query_scale,
+            rotary=rotary,
+            window=window,
+            cap=config.attention_cap,
+            kv_scales=self.kv_scales(name),
+            fixed=self.fixed,
         )
 
-    def mlp(self, name: str) -> GatedMLP:
-        gate, up, down = (
-            self.linear(f"{name}.{part}", bias=self.config.mlp_bias)
-            for part in ("gate_proj", "up_proj", "down_proj")
-        )
-        return GatedMLP(side_by_side([gate, up]), down)
+    def kv_scales(self, name: str) -> KvScales | None:
+        """Of the layer `name`, where the artifact says how its keys and values are to be cached."""
+        if self.kv_format is None:
+            return None
+        attention = f"{name}.{self.names.output.rpartition('.')[0]}"
+        found = []
+        for kind in ("k_scale", "v_scale"):
+            stored = f"{attention}.{kind}"
+            if not self.artifact.has(stored):
+                stored = stored.partition(".")[2]
+            scale = self.artifact.tensor(stored)
+            if scale.numel() != 1:
+                raise ArtifactError(f"{self.artifact.path}: {stored} has {scale.numel()} values")
+            found.append(scale.reshape(1, 1).float().expand(self.config.kv_heads, 1))
+        storage = {"int8": INT8, "fp8": FP8}[self.kv_format]
+        return KvScales(storage, torch.cat(found).to(self.device))
 
-    def norm(self, name: str) -> RMSNorm:
-        weight = self.tensor(f"{name}.weight", (self.config.hidden_size,))
-        return RMSNorm(weight, self.config.norm_eps)
+    def mlp(self, name: str, index: int) -> FeedForward:
+        config, names = self.config, self.names
+        if config.experts is not None and config.experts.layers[index]:
+            return self.experts(name, config.experts)
+        wide = side_by_side([self.linear(f"{name}.{part}", "mlp") for part in names.wide])
+        down = self.linear(f"{name}.{names.down}", "mlp")
+        activation = self.activation()
+        if config.gated:
+            return GatedMLP(wide, down, activation)
+        return PlainMLP(wide, down, activation)
+
+    def activation(self) -> Activate:
+        activation = activate(self.config.activation)
+        return by_row(activation) if self.fixed else activation
+
+    def experts(self, name: str, experts: Experts) -> ExpertsMLP:
+        owner = f"{name}.{self.names.experts}"
+        stacked = self.artifact.has(stored_name(self.artifact, f"{owner}.{_STACKED[0]}"))
+        found = self.stacked(owner, experts) if stacked else self.apart(owner, experts)
+        router = self.linear(f"{name}.{self.names.router}")
+        return ExpertsMLP(router, found, experts.per_token, experts.normalized)
+
+    def stacked(self, owner: str, experts: Experts) -> tuple[GatedMLP, ...]:
+        hidden, inner = self.config.hidden_size, experts.intermediate_size
+        wide = self.tensor(f"{owner}.{_STACKED[0]}", (experts.count, 2 * inner, hidden))
+        down = self.tensor(f"{owner}.{_STACKED[1]}", (experts.count, hidden, inner))
+        activation = self.activation()
+        return tuple(
+            GatedMLP(
+                Linear(wide[e], fixed=self.fixed), Linear(down[e], fixed=self.fixed), activation
+            )
+            for e in range(experts.count)
+        )
+
+    def apart(self, owner: str, experts: Experts) -> tuple[GatedMLP, ...]:
+        gate, up, down = self.names.expert
+        activation = self.activation()
+        return tuple(
+            GatedMLP(
+                side_by_side([self.linear(f"{owner}.{e}.{part}") for part in (gate, up)]),
+                self.linear(f"{owner}.{e}.{down}"),
+                activation,
+            )
+            for e in range(experts.count)
+        )
+
+    def norm(self, name: str) -> Norm:
+        config, shape = self.config, (self.config.hidden_size,)
+        if config.norm == "layer":
+            weight, bias = (self.tensor(f"{name}.{part}", shape) for part in ("weight", "bias"))
+            return LayerNorm(weight, bias, config.norm_eps)
+        return RMSNorm(self.norm_weight(f"{name}.weight", shape), config.norm_eps)
 
     def head_norm(self, name: str) -> HeadNorm:
-        config = self.config
+        config, names = self.config, self.names
         query, key = (
-            self.tensor(f"{name}.{part}.weight", (config.head_dim,))
-            for part in ("q_norm", "k_norm")
+            self.norm_weight(f"{name}.{part}.weight", (config.head_dim,))
+            for part in (names.query_norm, names.key_norm)
         )
         weight = torch.cat((query.expand(config.heads, -1), key.expand(config.kv_heads, -1)))
         return HeadNorm(weight, config.norm_eps)
 
-    def linear(self, name: str, *, bias: bool) -> Projection:
+    def norm_weight(self, name: str, shape: Sequence[int]) -> Tensor:
+        """With an offset in float32: near 1, 16 bits would not hold what was learned."""
+        if not self.config.norm_offset:
+            return self.tensor(name, shape)
+        return self.stored(name, shape).to(self.device, torch.float32) + self.config.norm_offset
+
+    def linear(self, name: str, part: Part | None = None) -> Projection:
+        """The layer `name`, with a bias where the config says that this part of a block has one."""
         shape = self.shapes[name]
+        has_bias = part is not None and part in self.config.biases
+        bias = self.tensor(f"{name}.bias", shape[:1]) if has_bias else None
+        name = stored_name(self.artifact, f"{name}.weight").removesuffix(".weight")
         scheme = layer_scheme(self.artifact, name)
         weight = linear_weight(self.artifact, name)
-        offset = self.tensor(f"{name}.bias", shape[:1]) if bias else None
         activation = scheme.activation if scheme is not None else None
         if activation is None:
-            return Linear(self.dense(name, weight), offset)
+            return self.held(name, weight, bias, shape)
         self.check_rounding(name, activation)
         scale = input_scale(self.artifact, name)
         scale = None if scale is None else scale.to(self.device, torch.float32)
@@ -165,13 +299,35 @@ class _Loader:
             self.check_shape(f"{name}.weight", weight.codes, shape)
             codes = (weight.codes.to(torch.int16) - weight.zeros.to(torch.int16)).to(torch.int8)
             scales = weight.scales.squeeze(1).to(self.device, torch.float32)
-            return Int8Linear(codes.to(self.device), scales, activation, offset, scale)
-        return RoundedLinear(Linear(self.dense(name, weight), offset), activation, scale)
+            return Int8Linear(codes.to(self.device), scales, activation, bias, scale, self.fixed)
+        return RoundedLinear(self.held(name, weight, bias, shape), activation, scale)
 
-    def dense(self, name: str, weight: Tensor | StoredWeight) -> Tensor:
-        """The weight of a linear [out, in], made dense if it is stored quantized."""
-        value = weight if isinstance(weight, Tensor) else weight.dequantize()
-        return self.checked(f"{name}.weight", value, self.shapes[name])
+    def held(
+        self,
+        name: str,
+        weight: Tensor | StoredWeight,
+        bias: Tensor | None,
+        shape: tuple[int, int],
+    ) -> Projection:
+        """A linear layer packed as it is stored, where it is stored so, else dense."""
+        if isinstance(weight, Tensor):
+            turned = self.config.transposed and name != self.names.head
+            value = weight.t() if turned else weight
+            dense = self.checked(f"{name}.weight", value, shape).contiguous()
+            return Linear(dense, bias, self.fixed)
+        self.check_shape(f"{name}.weight", weight.codes, shape)
+        packed = pack(
+            weight,
+            bias,
+            dtype=self.dtype,
+            device=self.device,
+            scratch=self.scratch,
+            fixed=self.fixed,
+        )
+        if packed is not None:
+            return packed
+        dense = weight.dequantize().to(device=self.device, dtype=self.dtype)
+        return Linear(dense, bias, self.fixed)
 
     def check_rounding(self, name: str, activation: ActivationFormat) -> None:
         if activation.dynamic and activation.strategy == "tensor":
@@ -182,7 +338,12 @@ class _Loader:
             )
 
     def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
-        return self.checked(name, self.artifact.tensor(name), shape)
+        return self.stored(name, shape).to(device=self.device, dtype=self.dtype)
+
+    def stored(self, name: str, shape: Sequence[int]) -> Tensor:
+        found = self.artifact.tensor(stored_name(self.artifact, name))
+        self.check_shape(name, found, shape)
+        return found
 
     def checked(self, name: str, tensor: Tensor, shape: Sequence[int]) -> Tensor:
         self.check_shape(name, tensor, shape)

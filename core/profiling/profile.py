@@ -10,7 +10,7 @@ from infopt.core.hardware.calibration import load_calibration
 from infopt.core.hardware.choose import choose_device, choose_dtype
 from infopt.core.hardware.probe import Machine, probe
 from infopt.core.models.config import ModelConfig
-from infopt.core.profiling.static import static_profile
+from infopt.core.profiling.static import TABLES, static_profile
 from infopt.core.profiling.timer import Times, repeat
 from infopt.core.progress import Progress, ProgressCallback, silent
 from infopt.core.recipe.profile import ProfileSettings
@@ -179,8 +179,8 @@ def _as_run(cost: PhaseCost, runner: Runner, times: Times) -> _Run:
 
 
 def _read_weights(cost: PhaseCost) -> float:
-    """Bytes of weights that every pass reads: all but the rows of the embedding table."""
-    return sum(o.weight_bytes for o in cost.operators if o.name != "embedding")
+    """Bytes of weights that every pass reads: all but the rows of the embedding tables."""
+    return sum(o.weight_bytes for o in cost.operators if o.name not in TABLES)
 
 
 def _peaks(
@@ -254,7 +254,18 @@ def _static(
         step_tokens=EngineSettings().max_batch_tokens,
         reserve=_RESERVE[device],
         headers=artifact.headers,
+        kv_8bit=_kv_in_8_bits(artifact),
     )
+
+
+def _kv_in_8_bits(artifact: Artifact) -> bool:
+    """Whether the runtime caches keys and values as the artifact says, and it says 8 bits."""
+    table = artifact.quantization
+    if table is None or not table.get("kv_cache_scheme"):
+        return False
+    from infopt.core.artifact.schemes import kv_format_of  # it knows torch, this room may not
+
+    return kv_format_of(table, str(artifact.path)) is not None
 
 
 def _name(device: str, machine: Machine) -> str:

@@ -1,27 +1,63 @@
 """Settings of the engine and of `infopt serve`."""
 
-from pydantic import Field
+from typing import Literal
+
+from pydantic import Field, model_validator
 
 from infopt.core.recipe.base import Seed, Settings, Words
 from infopt.core.recipe.text import Device, DType
+
+Batching = Literal["static", "dynamic", "continuous"]
+BATCH_WAIT_MS = 50.0
+KvDType = Literal["auto", "int8", "fp8"]
 
 
 class EngineSettings(Settings):
     """How the engine schedules and how much memory it takes."""
 
+    batching: Batching = "continuous"
+    """When requests join a batch: once the one before has ended; the same, once it is full or has
+    waited long enough; or at any step."""
+    batch_wait_ms: float | None = Field(default=None, ge=0)
+    """How long a dynamic batch waits to be full, from its first request on; default: 50."""
+
     block_size: int = Field(default=16, ge=1)
     """Token slots per block of the paged KV cache."""
     kv_blocks: int | None = Field(default=None, ge=1)
     """Blocks in the pool; default: what fits in a share of the free memory."""
+    kv_dtype: KvDType = "auto"
+    """Of cached keys and values; auto: what the artifact says, else the dtype of the run."""
     max_batch_tokens: int = Field(default=512, ge=1)
     """Tokens computed in one step, over all requests."""
+    max_chunk_tokens: int | None = Field(default=None, ge=1)
+    """Of these, tokens of one prompt at most; default: all that running requests leave."""
     max_running: int = Field(default=32, ge=1)
     """Requests in one step at most."""
+    watermark: float = Field(default=0.01, ge=0, lt=1)
+    """Share of the blocks to leave free when a request joins others, for those to grow into."""
+    prefix_caching: bool = True
+    """Find the blocks of a beginning that was computed before, in place of computing it again."""
+    prefix_host_bytes: int = Field(default=0, ge=0)
+    """Host memory for what evicted prefix blocks held; 0: none."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Longest prompt plus output; default: the model's own limit."""
+    deterministic: bool = False
+    """A request's tokens do not depend, by a single bit, on the others or on its chunks; slower."""
     device: Device = "auto"
     dtype: DType = "auto"
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _is_read(self) -> "EngineSettings":
+        if self.batch_wait_ms is not None and self.batching != "dynamic":
+            raise ValueError("batch_wait_ms is for batching: dynamic")
+        if self.prefix_host_bytes and not self.prefix_caching:
+            raise ValueError("prefix_host_bytes needs prefix_caching")
+        return self
+
+    @property
+    def batch_wait_s(self) -> float:
+        return (BATCH_WAIT_MS if self.batch_wait_ms is None else self.batch_wait_ms) / 1000
 
 
 class ServeSettings(EngineSettings):

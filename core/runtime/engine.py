@@ -1,37 +1,34 @@
 """The engine: requests in, tokens out, one step at a time."""
 
 import random
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from infopt.core.artifact.read import Artifact, read_json
-from infopt.core.errors import ResourceError, UnsupportedError, UsageError
+from infopt.core.errors import ResourceError, UsageError
 from infopt.core.hardware.choose import choose_device, choose_dtype
 from infopt.core.models.config import ModelConfig, token_ids
+from infopt.core.models.decoder import Decoder
 from infopt.core.models.load import load_decoder
 from infopt.core.recipe.serve import EngineSettings
-from infopt.core.runtime.batch import build_batch
+from infopt.core.runtime.batch import Batch, build_batch
+from infopt.core.runtime.beam_group import BeamGroup
 from infopt.core.runtime.block_pool import BlockPool
-from infopt.core.runtime.kv_cache import KVCache, blocks_that_fit
+from infopt.core.runtime.kv_cache import KVCache, blocks_that_fit, cache_dtype
 from infopt.core.runtime.model_runner import ModelRunner
+from infopt.core.runtime.prefix_cache import PrefixCache
+from infopt.core.runtime.prefix_store import PrefixStore
 from infopt.core.runtime.request import FinishReason, Request, SamplingParams, StepOutput
 from infopt.core.runtime.sampler import Choice, sample
-from infopt.core.runtime.scheduler import Scheduler
+from infopt.core.runtime.scheduler import Rules, Scheduler
+from infopt.core.runtime.stats import EngineStats, Meter
+from infopt.core.runtime.step_memory import computed_step_bytes, measured_step_bytes
 
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """The engine as it stands between two steps."""
-
-    running: int
-    waiting: int
-    blocks_total: int
-    blocks_used: int
-    blocks_free: int
-    preemptions: int
-    steps: int
+# While a batch gathers, a step returns this often, so that aborts and new requests are heeded.
+_NAP_S = 0.002
 
 
 class Engine:
@@ -49,16 +46,23 @@ class Engine:
         self.eos_token_ids = eos_token_ids
         self._runner = runner
         self._pool = BlockPool(runner.cache.blocks)
+        self._prefix = (
+            PrefixCache(self._pool, runner.cache.block_size, runner.store)
+            if settings.prefix_caching
+            else None
+        )
         self._scheduler = Scheduler(
             self._pool,
+            _rules(settings, self._pool.total, runner.decoder.config.sliding_window),
             block_size=runner.cache.block_size,
-            max_batch_tokens=settings.max_batch_tokens,
-            max_running=settings.max_running,
+            prefix=self._prefix,
         )
-        self._requests: dict[str, Request] = {}
+        self._requests: dict[str, list[Request]] = {}
+        """By id, the answers that are not complete, or the beams."""
+        self._beams: dict[str, BeamGroup] = {}
         self._aborted: list[StepOutput] = []
         self._seeds = random.Random(settings.seed)
-        self._steps = 0
+        self._meter = Meter()
 
     @classmethod
     def load(cls, artifact: Artifact, settings: EngineSettings) -> "Engine":
@@ -71,19 +75,22 @@ class Engine:
         limit = _longest(config, settings)
         name = choose_device(settings.device)
         device, dtype = torch.device(name), getattr(torch, choose_dtype(settings.dtype, name))
-        decoder = load_decoder(artifact, dtype, device)
+        decoder = load_decoder(artifact, dtype, device, deterministic=settings.deterministic)
+        kept = cache_dtype(settings.kv_dtype, artifact, dtype)
         blocks = settings.kv_blocks or blocks_that_fit(
             config,
             block_size=settings.block_size,
-            dtype=dtype,
+            dtype=kept,
             device=device,
             enough=settings.max_running * -(-limit // settings.block_size),
+            step_bytes=_step_bytes(decoder, settings, kept),
         )
         cache = KVCache(
-            config, blocks=blocks, block_size=settings.block_size, dtype=dtype, device=device
+            config, blocks=blocks, block_size=settings.block_size, dtype=kept, device=device
         )
+        store = PrefixStore(settings.prefix_host_bytes) if settings.prefix_host_bytes else None
         return cls(
-            ModelRunner(decoder, cache),
+            ModelRunner(decoder, cache, store),
             settings=settings,
             max_model_len=_held(limit, blocks * settings.block_size, settings),
             eos_token_ids=read_eos_token_ids(artifact),
@@ -102,82 +109,177 @@ class Engine:
             raise UsageError("the prompt is empty")
         if not all(0 <= token < vocabulary for token in prompt):
             raise UsageError(f"the prompt has a token that is not among the model's {vocabulary}")
+        max_length = self._max_length(len(prompt), params.max_tokens)
+        drawn = self._seeds.getrandbits(63)
         request = Request(
             request_id=request_id,
             params=params,
             tokens=list(prompt),
-            max_length=self._max_length(len(prompt), params.max_tokens),
-            generator=torch.Generator(),
+            max_length=max_length,
+            generator=torch.Generator().manual_seed(drawn if params.seed is None else params.seed),
+            forks=0 if params.beam_width > 1 else params.n - 1,
         )
-        drawn = self._seeds.getrandbits(63)
-        request.generator.manual_seed(drawn if params.seed is None else params.seed)
-        self._requests[request_id] = request
+        if params.beam_width > 1:
+            self._beams[request_id] = BeamGroup(request, self.eos_token_ids)
+        self._requests[request_id] = [request]
         self._scheduler.add(request)
 
-    def abort(self, request_id: str) -> None:
-        """End a request; the next step says so. One that is over, or never was, is left alone."""
-        request = self._requests.get(request_id)
-        if request is not None:
-            self._finish(request)
-            self._aborted.append(StepOutput(request_id, finish_reason="abort"))
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or one of its answers that has begun; the next step says so.
+
+        What is over, or never was, is left alone.
+        """
+        if index is None or request_id in self._beams:
+            if request_id in self._requests:
+                self._aborted += self._end_all(request_id, "abort")
+            return
+        for request in list(self._requests.get(request_id, ())):
+            if request.index == index:
+                self._finish(request)
+                self._aborted.append(StepOutput(request_id, finish_reason="abort", index=index))
 
     def step(self) -> list[StepOutput]:
         """Compute one batch and return what it added; requests that only caught up say nothing."""
         outputs, self._aborted = self._aborted, []
-        work = self._scheduler.schedule()
-        if not work:
+        began = time.perf_counter()
+        step = self._scheduler.schedule()
+        if not step.work:
+            if not outputs:
+                time.sleep(min(self._scheduler.gathers_for(), _NAP_S))
             return outputs
+        self._runner.move_blocks(step)
+        scheduled = time.perf_counter()
         cache, decoder = self._runner.cache, self._runner.decoder
         batch = build_batch(
-            work, block_size=cache.block_size, dtype=decoder.dtype, device=decoder.device
+            step.work, block_size=cache.block_size, dtype=decoder.dtype, device=decoder.device
         )
+        built = time.perf_counter()
         logits = self._runner.run(batch.inputs, batch.rows)
-        self._scheduler.advance(work)
-        self._steps += 1
-        requests = [item.request for item in batch.sampling]
+        ran = time.perf_counter()
+        self._scheduler.advance(step)
+        sampling = [item.request for item in batch.sampling]
+        outputs += self._extend_beams(batch, logits)
+        requests, rows = self._answers(sampling)
+        if rows != list(range(len(sampling))):
+            logits = logits[torch.tensor(rows, dtype=torch.int64, device=logits.device)]
         choices = sample(logits, [r.params for r in requests], [r.generator for r in requests])
-        return outputs + [
-            self._take(request, choice) for request, choice in zip(requests, choices, strict=True)
-        ]
+        for request, choice, row in zip(requests, choices, rows, strict=True):
+            fault = self._fault(batch, row) if choice.token_id is None else ""
+            outputs.append(self._take(request, choice, fault))
+        tokens = sum(item.tokens for item in step.work)
+        self._meter.count(tokens, (began, scheduled, built, ran, time.perf_counter()))
+        return outputs
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to say."""
         return bool(self._requests or self._aborted)
 
     def stats(self) -> EngineStats:
+        scheduler, store, meter = self._scheduler, self._runner.store, self._meter
         return EngineStats(
-            running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
             blocks_total=self._pool.total,
             blocks_used=self._pool.used,
             blocks_free=self._pool.free,
-            preemptions=self._scheduler.preemptions,
-            steps=self._steps,
+            blocks_cached=self._pool.cached,
+            host_bytes=0 if store is None else store.nbytes,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            preemptions=scheduler.preemptions,
+            steps=meter.steps,
+            tokens=meter.tokens,
+            step_tokens=meter.step_tokens,
+            schedule_s=meter.schedule_s,
+            build_s=meter.build_s,
+            forward_s=meter.forward_s,
+            sample_s=meter.sample_s,
         )
 
     def check(self) -> None:
-        """Assert that every block is free or in exactly one table; for tests and for debugging."""
-        self._pool.check()
-        held = [block for request in self._requests.values() for block in request.blocks]
-        assert len(held) == len(set(held)) == self._pool.used
+        """Assert that every block is free or owned as often as it stands in tables; for tests."""
+        self._pool.check(request.blocks for group in self._requests.values() for request in group)
 
-    def _take(self, request: Request, choice: Choice) -> StepOutput:
-        """Add a chosen token to its request and see whether that ends it."""
-        name, token = request.request_id, choice.token_id
-        if token is None:
+    def _answers(self, sampling: list[Request]) -> tuple[list[Request], list[int]]:
+        """Who chooses a token now, and from which row of the logits.
+
+        A prompt that is computed and is to have several answers is forked into them here: they all
+        choose their first tokens from one row, and share the prompt's blocks.
+        """
+        requests: list[Request] = []
+        rows: list[int] = []
+        for row, request in enumerate(sampling):
+            if request.params.beam_width > 1:
+                continue
+            answers = [request]
+            for index in range(1, request.forks + 1):
+                answers.append(request.fork(index))
+                self._scheduler.fork(request, answers[-1])
+            self._requests[request.request_id] += answers[1:]
+            request.forks = 0
+            requests += answers
+            rows += [row] * len(answers)
+        return requests, rows
+
+    def _extend_beams(self, batch: Batch, logits: Tensor) -> list[StepOutput]:
+        """Hand beams their logits; those of a request go on, or end, when all have theirs."""
+        outputs: list[StepOutput] = []
+        for row, request in enumerate(item.request for item in batch.sampling):
+            name, group = request.request_id, self._beams.get(request.request_id)
+            if group is None:
+                continue
+            if not group.hold(request, logits[row]):
+                outputs += self._end_all(name, "error", self._fault(batch, row))
+            elif group.is_ready:
+                born, gone = group.advance(self._scheduler)
+                self._requests[name] += born
+                if not group.members:
+                    outputs += group.answers()
+                    del self._beams[name]
+                for each in gone:
+                    self._finish(each)
+        return outputs
+
+    def _end_all(
+        self, name: str, reason: FinishReason, error: str | None = None
+    ) -> list[StepOutput]:
+        """End a request with all its answers, begun or not."""
+        group = list(self._requests[name])
+        unborn = range(group[0].params.n - group[0].forks, group[0].params.n)
+        indices = [*(request.index for request in group), *unborn]
+        if self._beams.pop(name, None) is not None:
+            indices = list(range(group[0].params.n))
+        for request in group:
+            if self._prefix is not None and error is not None:
+                self._prefix.forget(request)
             self._finish(request)
-            fault = f"the logits after token {len(request.tokens)} are not finite"
-            return StepOutput(name, finish_reason="error", error=fault)
+        return [StepOutput(name, finish_reason=reason, error=error, index=i) for i in indices]
+
+    def _fault(self, batch: Batch, row: int) -> str:
+        """What is wrong with the logits of the batch's sampled `row`."""
+        place = row if batch.rows is None else int(batch.rows[row])
+        layer = self._runner.first_fault(batch.inputs, place)
+        length = len(batch.sampling[row].request.tokens)
+        return f"the logits after token {length} are not finite: {layer} is the first that is not"
+
+    def _take(self, request: Request, choice: Choice, fault: str) -> StepOutput:
+        """Add a chosen token to its request and see whether that ends it."""
+        name, index, token = request.request_id, request.index, choice.token_id
+        if token is None:
+            if self._prefix is not None:
+                self._prefix.forget(request)
+            self._finish(request)
+            return StepOutput(name, finish_reason="error", error=fault, index=index)
         if self._stops(request.params, token):
             self._finish(request)
-            return StepOutput(name, finish_reason="stop")
+            return StepOutput(name, finish_reason="stop", index=index)
         request.tokens.append(token)
         reason: FinishReason | None = None
         if len(request.tokens) == request.max_length:
             self._finish(request)
             reason = "length"
         logprobs = None if choice.logprob is None else (choice.logprob,)
-        return StepOutput(name, (token,), reason, logprobs=logprobs)
+        return StepOutput(name, (token,), reason, logprobs=logprobs, index=index)
 
     def _stops(self, params: SamplingParams, token: int) -> bool:
         ends = not params.ignore_eos and token in self.eos_token_ids
@@ -185,7 +287,10 @@ class Engine:
 
     def _finish(self, request: Request) -> None:
         self._scheduler.remove(request)
-        del self._requests[request.request_id]
+        group = self._requests[request.request_id]
+        group.remove(request)
+        if not group:
+            del self._requests[request.request_id]
 
     def _max_length(self, prompt: int, max_tokens: int | None) -> int:
         length = self.max_model_len if max_tokens is None else prompt + max_tokens
@@ -196,6 +301,28 @@ class Engine:
                 "shorten the prompt, lower max_tokens, or raise --max-model-len or --kv-blocks",
             )
         return length
+
+
+def _step_bytes(decoder: Decoder, settings: EngineSettings, cached: torch.dtype) -> int:
+    """What the largest step takes: measured on a GPU, computed on a CPU, where a step is slow."""
+    tokens, rows = settings.max_batch_tokens, settings.max_running
+    if decoder.device.type == "cuda":
+        return measured_step_bytes(
+            decoder, tokens=tokens, rows=rows, block_size=settings.block_size, cached=cached
+        )
+    return computed_step_bytes(decoder.config, tokens=tokens, rows=rows, dtype=decoder.dtype)
+
+
+def _rules(settings: EngineSettings, blocks: int, window: int | None) -> Rules:
+    return Rules(
+        max_batch_tokens=settings.max_batch_tokens,
+        max_running=settings.max_running,
+        max_chunk_tokens=settings.max_chunk_tokens,
+        watermark=int(settings.watermark * blocks),
+        batching=settings.batching,
+        batch_wait_s=settings.batch_wait_s,
+        window=window,
+    )
 
 
 def read_eos_token_ids(artifact: Artifact) -> frozenset[int]:
@@ -213,11 +340,6 @@ def _longest(config: ModelConfig, settings: EngineSettings) -> int:
     if asked > config.max_positions:
         raise UsageError(
             f"max_model_len {asked} is beyond the {config.max_positions} positions of the model"
-        )
-    if asked > config.full_attention_positions:
-        raise UnsupportedError(
-            f"max_model_len {asked} is beyond the sliding window of {config.sliding_window} tokens",
-            "sliding-window attention is not known; stay within the window",
         )
     return asked
 

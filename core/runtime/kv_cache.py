@@ -1,16 +1,38 @@
 """The paged KV cache: one tensor a layer, laid out as the attention kernels want it."""
 
+from collections.abc import Sequence
+
 import psutil
 import torch
 from torch import Tensor
 
+from infopt.core.artifact.quantized import kv_format
+from infopt.core.artifact.read import Artifact
 from infopt.core.errors import ResourceError
 from infopt.core.models.config import ModelConfig
-from infopt.kernels.attention.cache import new_cache, token_bytes
+from infopt.core.recipe.serve import KvDType
+from infopt.kernels.attention.cache import (
+    copy_blocks,
+    new_cache,
+    read_blocks,
+    token_bytes,
+    write_blocks,
+)
 
-# Of the memory that is free once the weights are loaded; the rest is for activations and others.
+# Of the memory that is free once weights and the largest step are in it; the rest is for others.
 _CPU_SHARE = 0.5
-_CUDA_SHARE = 0.85
+_CUDA_SHARE = 0.9
+
+
+def cache_dtype(word: KvDType, artifact: Artifact, dtype: torch.dtype) -> torch.dtype:
+    """Of keys and values: what is asked for, else what the artifact says, else the run's dtype."""
+    match word if word != "auto" else kv_format(artifact):
+        case "int8":
+            return torch.int8
+        case "fp8":
+            return torch.float8_e4m3fn
+        case _:
+            return dtype
 
 
 class KVCache:
@@ -39,6 +61,28 @@ class KVCache:
                 "ask for fewer blocks: --kv-blocks",
             ) from error
 
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks, each (source, target), in every layer."""
+        sources, targets = (self._index(blocks) for blocks in zip(*pairs, strict=True))
+        for layer in self.layers:
+            copy_blocks(layer, sources, targets)
+
+    def read(self, blocks: Sequence[int]) -> list[Tensor]:
+        """What each block holds, all layers in one tensor in host memory."""
+        index = self._index(blocks)
+        contents = torch.stack([read_blocks(layer, index) for layer in self.layers], dim=1).cpu()
+        # Each its own: a view would keep the others alive.
+        return [block.clone() for block in contents]
+
+    def write(self, blocks: Sequence[int], contents: Sequence[Tensor]) -> None:
+        """Put back what `read` gave."""
+        index, stacked = self._index(blocks), torch.stack(list(contents), dim=1)
+        for layer, content in zip(self.layers, stacked, strict=True):
+            write_blocks(layer, index, content)
+
+    def _index(self, blocks: Sequence[int]) -> Tensor:
+        return torch.tensor(blocks, dtype=torch.int64, device=self.layers[0].device)
+
 
 def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block over all layers."""
@@ -46,17 +90,24 @@ def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int
 
 
 def blocks_that_fit(
-    config: ModelConfig, *, block_size: int, dtype: torch.dtype, device: torch.device, enough: int
+    config: ModelConfig,
+    *,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    enough: int,
+    step_bytes: int,
 ) -> int:
-    """Blocks in a share of the memory that is free now, at most `enough`.
+    """Blocks in a share of the memory that is free now less `step_bytes`, at most `enough`.
 
     Raises ResourceError where not even one fits.
     """
     if device.type == "cuda":
-        free = int(torch.cuda.mem_get_info(device)[0] * _CUDA_SHARE)
+        free = int((torch.cuda.mem_get_info(device)[0] - step_bytes) * _CUDA_SHARE)
     else:
-        free = int(psutil.virtual_memory().available * _CPU_SHARE)
+        free = int((psutil.virtual_memory().available - step_bytes) * _CPU_SHARE)
     one = block_bytes(config, block_size, dtype)
+    one += one // config.layers  # attention gathers what it reads, a layer at a time
     if free < one:
         raise ResourceError(
             f"the free memory of {device} does not hold one KV block of {one / 2**20:.0f} MiB"

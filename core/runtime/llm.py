@@ -25,6 +25,12 @@ class Completion:
     text: str
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprob, ...] | None = None
+    index: int = 0
+    """Which of the answers to its prompt, where `n` were asked for."""
+
+
+_Key = tuple[str, int]
+"""A request, and which of its answers."""
 
 
 @dataclass(slots=True)
@@ -67,8 +73,9 @@ class LLM:
     ) -> list[Completion]:
         """Complete all prompts together, texts or lists of tokens, and return them in their order.
 
-        Raises UsageError, before anything runs, for a prompt that does not fit, and EngineError
-        where the model gave logits that are not finite.
+        The `n` answers to one prompt follow one another. Raises UsageError, before anything runs,
+        for a prompt that does not fit, and EngineError where the model gave logits that are not
+        finite.
         """
         params = params or SamplingParams()
         batch = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -78,9 +85,8 @@ class LLM:
                 for output in self.engine.step():
                     self._take(answers, output)
         finally:
-            for name in answers:
-                self.engine.abort(name)
-        return [_completion(answer, params) for answer in answers.values()]
+            self._abort(answers)
+        return [_completion(answer, index, params) for (_, index), answer in answers.items()]
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -88,32 +94,44 @@ class LLM:
             return found
         return list(prompt)
 
-    def _add(self, prompts: list[list[int]], params: SamplingParams) -> dict[str, _Answer]:
-        answers: dict[str, _Answer] = {}
+    def _add(self, prompts: list[list[int]], params: SamplingParams) -> dict[_Key, _Answer]:
+        answers: dict[_Key, _Answer] = {}
         try:
             for prompt in prompts:
                 name = next(self._ids)
                 self.engine.add(name, prompt, params)
-                detokenizer = Detokenizer(self.tokenizer, stop=params.stop)
-                answers[name] = _Answer(detokenizer, tuple(prompt))
+                for index in range(params.n):
+                    detokenizer = Detokenizer(self.tokenizer, stop=params.stop)
+                    answers[name, index] = _Answer(detokenizer, tuple(prompt))
         except Exception:
-            for name in answers:
-                self.engine.abort(name)
+            self._abort(answers)
             raise
         return answers
 
-    def _take(self, answers: dict[str, _Answer], output: StepOutput) -> None:
-        answer = answers.get(output.request_id)
+    def _abort(self, answers: dict[_Key, _Answer]) -> None:
+        for name, _ in answers:
+            self.engine.abort(name)
+
+    def _take(self, answers: dict[_Key, _Answer], output: StepOutput) -> None:
+        key = (output.request_id, output.index)
+        answer = answers.get(key)
         if answer is None or answer.reason is not None:
             return
         if output.finish_reason == "error":
-            raise EngineError(f"prompt {list(answers).index(output.request_id)}: {output.error}")
+            prompt = [name for name, index in answers if index == 0].index(output.request_id)
+            raise EngineError(f"prompt {prompt}: {output.error}")
         answer.take(output)
         if output.finish_reason is None and answer.reason is not None:
-            self.engine.abort(output.request_id)
+            self.engine.abort(*key)
 
 
-def _completion(answer: _Answer, params: SamplingParams) -> Completion:
+def _completion(answer: _Answer, index: int, params: SamplingParams) -> Completion:
     assert answer.reason is not None
-    logprobs = None if params.logprobs is None else tuple(answer.logprobs)
-    return Completion(answer.prompt, tuple(answer.tokens), answer.text, answer.reason, logprobs)
+    return Completion(
+        prompt_token_ids=answer.prompt,
+        token_ids=tuple(answer.tokens),
+        text=answer.text,
+        finish_reason=answer.reason,
+        logprobs=None if params.logprobs is None else tuple(answer.logprobs),
+        index=index,
+    )

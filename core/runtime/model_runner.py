@@ -5,14 +5,32 @@ from torch import Tensor
 
 from infopt.core.models.decoder import Decoder, StepInputs
 from infopt.core.runtime.kv_cache import KVCache
+from infopt.core.runtime.prefix_store import PrefixStore
+from infopt.core.runtime.scheduler import Step
 
 
 class ModelRunner:
-    """A decoder and the cache that it fills."""
+    """A decoder, the cache that it fills, and where blocks go that the cache gives up."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+    def __init__(self, decoder: Decoder, cache: KVCache, store: PrefixStore | None = None) -> None:
         self.decoder = decoder
         self.cache = cache
+        self.store = store
+
+    @torch.inference_mode()
+    def move_blocks(self, step: Step) -> None:
+        """Save, copy and bring back the blocks that a step wants moved before it runs."""
+        store = self.store
+        # Fetched first: what is saved now may push it out of the store.
+        wanted = [store.get(digest) for digest, _ in step.restores] if store is not None else []
+        if store is not None and step.spills:
+            new = [spill for spill in step.spills if spill[1] not in store]
+            for (_, digest), held in zip(new, self.cache.read([b for b, _ in new]), strict=True):
+                store.put(digest, held)
+        if step.copies:
+            self.cache.copy(step.copies)
+        if step.restores:
+            self.cache.write([block for _, block in step.restores], wanted)
 
     @torch.inference_mode()
     def run(self, inputs: StepInputs, rows: Tensor | None = None) -> Tensor:
@@ -21,3 +39,8 @@ class ModelRunner:
         if rows is not None:
             hidden = hidden.index_select(0, rows)
         return self.decoder.logits(hidden)
+
+    @torch.inference_mode()
+    def first_fault(self, inputs: StepInputs, row: int) -> str:
+        """The first layer whose output for a row of the step just run is not finite."""
+        return self.decoder.first_fault(inputs, self.cache.layers, row)

@@ -7,8 +7,9 @@ from infopt.core.hardware.choose import choose_device, choose_dtype
 from infopt.core.models.load import load_decoder
 from infopt.core.recipe.serve import EngineSettings
 from infopt.core.runtime.batch import Span, step_inputs
-from infopt.core.runtime.kv_cache import KVCache
+from infopt.core.runtime.kv_cache import KVCache, cache_dtype
 from infopt.core.runtime.model_runner import ModelRunner
+from infopt.kernels.attention.eight_bits import fill_with_noise
 
 
 class PhaseRunner:
@@ -22,7 +23,13 @@ class PhaseRunner:
         self.dtype = choose_dtype(settings.dtype, name)
         self._device = torch.device(name)
         self._block_size = settings.block_size
-        self._decoder = load_decoder(artifact, getattr(torch, self.dtype), self._device)
+        self._decoder = load_decoder(
+            artifact,
+            getattr(torch, self.dtype),
+            self._device,
+            deterministic=settings.deterministic,
+        )
+        self._kept = cache_dtype(settings.kv_dtype, artifact, self._decoder.dtype)
         self.weight_bytes = self._decoder.step_bytes
         """Bytes of weights that a decode step reads."""
         self.resident_bytes = self._decoder.resident_bytes
@@ -42,7 +49,7 @@ class PhaseRunner:
         """
         runner = self._runner_for(batch, context)
         for cache in runner.cache.layers:
-            cache.normal_()
+            fill_with_noise(cache)
         self._decoding = self._spans(batch, context, new=1)
 
     def decode_step(self) -> None:
@@ -69,7 +76,7 @@ class PhaseRunner:
                 self._decoder.config,
                 blocks=blocks,
                 block_size=self._block_size,
-                dtype=self._decoder.dtype,
+                dtype=self._kept,
                 device=self._device,
             )
             self._runner = ModelRunner(self._decoder, cache)

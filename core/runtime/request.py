@@ -1,7 +1,7 @@
 """What is asked of the engine, what it answers, and the state of a request in between."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -10,11 +10,18 @@ from infopt.core.errors import UsageError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_LOGPROBS = 20
+MAX_SAMPLES = 128
+_READ_BY_BEAMS = {
+    *("max_tokens", "temperature", "stop_token_ids", "ignore_eos", "n", "priority", "cache_salt"),
+    *("beam_width", "length_penalty", "early_stopping"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose the tokens of one request; raises UsageError for a value out of its range.
+    """What one request asks for: how to choose its tokens, when, and what it shares.
+
+    Raises UsageError for a value out of its range.
 
     `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 set no limit; `max_tokens` None means up to
     the engine's longest sequence. Stop strings are for whoever turns tokens into text: the engine
@@ -31,6 +38,19 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     """Also give each token's log probability, and those of this many most likely tokens."""
+    n: int = 1
+    """Answers to draw from one prompt: the first as if it were alone, each next with `seed` + 1."""
+    priority: int = 0
+    """Lower numbers come first."""
+    cache_salt: str = ""
+    """Only requests with the same salt share what was computed for a beginning they share."""
+    beam_width: int = 1
+    """Search with so many beams and answer with the `n` best; at temperature 0, and all at once."""
+    length_penalty: float = 1.0
+    """Beams are judged by the sum of their log probabilities over their length to this power."""
+    early_stopping: bool | Literal["never"] = False
+    """Search no further with `beam_width` complete answers (True), or when the best beam is no
+    better than they are (False), or cannot become better ("never")."""
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -45,8 +65,36 @@ class SamplingParams:
             raise UsageError(f"seed must be from 0 to 2**63 - 1 (got {self.seed})")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise UsageError(f"logprobs must be from 0 to {MAX_LOGPROBS} (got {self.logprobs})")
+        if not 1 <= self.n <= MAX_SAMPLES:
+            raise UsageError(f"n must be from 1 to {MAX_SAMPLES} (got {self.n})")
+        if not -(2**31) <= self.priority < 2**31:
+            raise UsageError(f"priority must be a 32-bit number (got {self.priority})")
         if isinstance(self.stop, str) or "" in self.stop:
             raise UsageError("stop must be a tuple of strings that are not empty")
+        self._check_beams()
+
+    def _check_beams(self) -> None:
+        """Raise UsageError for what a search with beams, or one without, would not read."""
+        if not 1 <= self.beam_width <= MAX_SAMPLES:
+            raise UsageError(f"beam_width must be from 1 to {MAX_SAMPLES} (got {self.beam_width})")
+        if self.early_stopping not in (True, False, "never"):
+            raise UsageError(
+                f'early_stopping must be true, false or "never" ({self.early_stopping!r})'
+            )
+        if not math.isfinite(self.length_penalty):
+            raise UsageError(f"length_penalty must be finite (got {self.length_penalty})")
+        changed = {each.name for each in fields(self) if getattr(self, each.name) != each.default}
+        if self.beam_width == 1:
+            unread = changed & {"length_penalty", "early_stopping"}
+        else:
+            unread = changed - _READ_BY_BEAMS
+            if self.temperature != 0:
+                raise UsageError("temperature must be 0 with beam_width: nothing is drawn")
+            if self.n > self.beam_width:
+                raise UsageError(f"n {self.n} is more than the {self.beam_width} of beam_width")
+        if unread:
+            without = "without" if self.beam_width == 1 else "with"
+            raise UsageError(f"{min(unread)} does nothing {without} beam_width", "leave it out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +119,8 @@ class StepOutput:
     finish_reason: FinishReason | None = None
     error: str | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+    index: int = 0
+    """Which of the request's answers, where it asked for several."""
 
 
 @dataclass(slots=True, eq=False)
@@ -88,8 +138,38 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
+    index: int = 0
+    """Which of the answers to one prompt this is."""
+    order: tuple[int, int, int] = (0, 0, 0)
+    """Priority, arrival, index: whose turn it is; the scheduler sets it."""
+    arrived: float = 0.0
+    """When, by the scheduler's clock."""
+    joined: bool = False
+    """Whether it has ever run: what was preempted may come back into its batch."""
+    forks: int = 0
+    """Further answers that are to come from it once its prompt is computed."""
+    digests: list[bytes] = field(default_factory=list)
+    """The names of its first full blocks, as far as they were ever asked for."""
+    published: int = 0
+    """Its first blocks that others may find."""
+
+    def fork(self, index: int) -> "Request":
+        """A request that goes on from the same tokens, drawing as if it had an `index` later seed.
+
+        The scheduler's part of it is for `Scheduler.fork`.
+        """
+        seed = (self.generator.initial_seed() + index) % 2**63
+        return Request(
+            request_id=self.request_id,
+            params=self.params,
+            tokens=list(self.tokens),
+            max_length=self.max_length,
+            generator=torch.Generator().manual_seed(seed),
+            index=index,
+        )
 
     @property
     def pending(self) -> int:
-        """Known tokens still to be computed: at least one between steps."""
+        """Known tokens still to be computed: between steps at least one, or none where a beam waits
+        for others."""
         return len(self.tokens) - self.computed

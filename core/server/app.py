@@ -31,7 +31,7 @@ HEALTH_SECONDS = 10.0
 class Engine(Generator, Protocol):
     """What the routes need of the engine."""
 
-    async def stats(self, timeout: float) -> dict[str, int]: ...
+    async def stats(self, timeout: float) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True, slots=True)

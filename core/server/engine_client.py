@@ -24,7 +24,7 @@ class EngineClient:
         self.failure: InfoptError | None = None
         self._channel = channel
         self._queues: dict[str, asyncio.Queue[Event]] = {}
-        self._asking: list[asyncio.Future[dict[str, int]]] = []
+        self._asking: list[asyncio.Future[dict[str, float]]] = []
 
     async def run(self) -> None:
         """Hand what the engine sends to whom it concerns, until cancelled."""
@@ -73,10 +73,10 @@ class EngineClient:
             if not over and self.failure is None:
                 await self._send("abort", id=name)
 
-    async def stats(self, timeout: float) -> dict[str, int]:
+    async def stats(self, timeout: float) -> dict[str, float]:
         """Ask the engine for its counts; EngineError if it is gone or silent for too long."""
         self._check()
-        future: asyncio.Future[dict[str, int]] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[dict[str, float]] = asyncio.get_running_loop().create_future()
         self._asking.append(future)
         await self._send("stats")
         try:

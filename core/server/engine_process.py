@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from infopt.core.errors import InfoptError
 from infopt.core.libraries import hush
 from infopt.core.recipe.serve import EngineSettings
 from infopt.core.runtime.request import SamplingParams, StepOutput
+from infopt.core.runtime.stats import EngineStats
 from infopt.core.server import messages
 
 LINGER_MS = 2000
@@ -40,7 +42,7 @@ class Engine(Protocol):
 
     def has_work(self) -> bool: ...
 
-    def stats(self) -> Any: ...
+    def stats(self) -> EngineStats: ...
 
 
 def run(engine: Engine, channel: "zmq.Socket[bytes]") -> None:
@@ -69,23 +71,9 @@ def _heed(engine: Engine, message: messages.Message, channel: "zmq.Socket[bytes]
         case "abort":
             engine.abort(message["id"])
         case "stats":
-            channel.send(messages.pack("stats", stats=stats_map(engine.stats())))
+            channel.send(messages.pack("stats", stats=asdict(engine.stats())))
         case kind:
             raise AssertionError(f"unknown message {kind!r}")
-
-
-def stats_map(stats: Any) -> dict[str, int]:
-    """The counts of an engine's statistics, by name."""
-    names = (
-        "running",
-        "waiting",
-        "blocks_total",
-        "blocks_used",
-        "blocks_free",
-        "preemptions",
-        "steps",
-    )
-    return {name: int(getattr(stats, name)) for name in names}
 
 
 def _end_with_parent(folder: Path) -> None:

@@ -76,6 +76,7 @@ def output_from_map(values: Message) -> StepOutput:
         finish_reason=values["finish_reason"],
         error=values["error"],
         logprobs=logprobs,
+        index=values["index"],
     )
 
 

@@ -9,7 +9,8 @@ from infopt.core.models.config import ModelConfig
 from infopt.core.models.load import weight_bytes
 from infopt.core.recipe.serve import EngineSettings, ServeSettings
 from infopt.core.reports.schema import Plan
-from infopt.core.runtime.kv_cache import block_bytes, blocks_that_fit
+from infopt.core.runtime.kv_cache import block_bytes, blocks_that_fit, cache_dtype
+from infopt.core.runtime.step_memory import computed_step_bytes
 
 # Interpreter, torch and transformers in the engine process, and the API process beside it.
 _PROCESSES_BYTES = 900 * 2**20
@@ -26,32 +27,39 @@ def plan_serve(artifact: Artifact, settings: EngineSettings) -> Plan:
     dtype: torch.dtype = getattr(torch, choose_dtype(settings.dtype, name))
     weights = weight_bytes(artifact, dtype)
     dense = artifact.summary().parameters * dtype.itemsize
-    held = _word(dtype) if weights == dense else f"int8 and {_word(dtype)}"
+    stored = _word(dtype) if weights == dense else f"stored and {_word(dtype)}"
     longest = settings.max_model_len or config.full_attention_positions
+    kept = cache_dtype(settings.kv_dtype, artifact, dtype)
+    step_bytes = computed_step_bytes(
+        config, tokens=settings.max_batch_tokens, rows=settings.max_running, dtype=dtype
+    )
     blocks = settings.kv_blocks or blocks_that_fit(
         config,
         block_size=settings.block_size,
-        dtype=dtype,
+        dtype=kept,
         device=torch.device(name),
         enough=settings.max_running * -(-longest // settings.block_size),
+        step_bytes=step_bytes,
     )
-    cache = blocks * block_bytes(config, settings.block_size, dtype)
+    cache = blocks * block_bytes(config, settings.block_size, kept)
     actions = [
-        f"load {artifact.name}: {_size(weights)} of weights as {held} on {name}",
+        f"load {artifact.name}: {_size(weights)} of weights as {stored} on {name}",
         f"hold a KV cache of {blocks} blocks of {settings.block_size} tokens: {_size(cache)}",
     ]
-    if (form := kv_format(artifact)) is not None:
-        actions.append(
-            f"keep keys and values as {_word(dtype)}: the engine has no {form} KV cache, "
-            "and leaves its scales unused"
-        )
+    if settings.prefix_host_bytes:
+        held = _size(settings.prefix_host_bytes)
+        actions.append(f"keep up to {held} of prefixes that the cache gave up in host memory")
+    if kept != dtype:
+        form = "int8" if kept == torch.int8 else "fp8"
+        scales = "its own scales" if kv_format(artifact) == form else "a scale a head and token"
+        actions.append(f"keep keys and values in {form}, with {scales}")
     if isinstance(settings, ServeSettings):
         model = settings.model_name or artifact.name
         actions.append(f"serve it as {model!r} on {settings.host}:{settings.port}")
     return Plan(
         command="serve",
         actions=tuple(actions),
-        memory_bytes=weights + cache + _PROCESSES_BYTES,
+        memory_bytes=weights + cache + step_bytes + settings.prefix_host_bytes + _PROCESSES_BYTES,
     )
 
 

@@ -82,6 +82,10 @@ class Body(BaseModel):
     """0 and -1: no limit."""
     ignore_eos: bool = False
     stop_token_ids: TokenIds = []
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
+    """Lower numbers come first."""
+    cache_salt: str = ""
+    """What was computed for a beginning is shared only with requests of the same salt."""
     skip_special_tokens: bool = True
 
     @model_validator(mode="before")
@@ -127,6 +131,8 @@ class Body(BaseModel):
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
+            priority=self.priority,
+            cache_salt=self.cache_salt,
         )
 
 

@@ -107,3 +107,11 @@ def test_the_product_on_a_gpu_is_exact(rows: int, out: int, into: int) -> None:
     b = torch.randint(-128, 128, (out, into), dtype=torch.int8)
     wanted = (a.long() @ b.long().t()).to(torch.int32)
     assert torch.equal(int8_product(a.cuda(), b.cuda()).cpu(), wanted)
+
+
+def test_fixed_rows_do_not_see_which_columns_are_outliers_in_others() -> None:
+    linear = layer(FORMATS["outliers kept"], 33, 96, fixed=True)
+    x = torch.randn(20, 96)
+    together = linear(x)
+    for row in range(20):
+        assert torch.equal(linear(x[row : row + 1]), together[row : row + 1])

@@ -17,12 +17,15 @@ from infopt.core.formats.number import IntegerFormat, QuantizedWeight
 from infopt.core.layers.fuse import SideBySide
 from infopt.core.layers.int8 import Int8Linear
 from infopt.core.layers.linear import Linear
+from infopt.core.layers.quantized import QuantizedLinear
 from infopt.core.layers.rounded import RoundedLinear
 from infopt.core.models.decoder import StepInputs
 from infopt.core.models.hf import load_transformers
 from infopt.core.models.load import load_decoder, weight_bytes
 from infopt.kernels.attention.cache import new_cache
 from infopt.kernels.attention.paged import plan_attention
+from infopt.kernels.gemm.int4 import Int4Tiles
+from infopt.kernels.gemm.rows import dequantized
 
 CPU = torch.device("cpu")
 Tiny = Callable[[str], tuple[Artifact, Any]]
@@ -65,7 +68,7 @@ def test_a_tensor_of_another_shape_is_named(tiny: Tiny, tmp_path: Path) -> None:
         load_decoder(artifact, torch.float32, CPU)
 
 
-def test_a_quantized_linear_is_made_dense(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_quantized_linear_stays_packed(tiny: Tiny, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.down_proj"
     out, into, groups = 64, 96, 3
     weight = QuantizedWeight(
@@ -90,8 +93,10 @@ def test_a_quantized_linear_is_made_dense(tiny: Tiny, tmp_path: Path) -> None:
     }
     decoder = load_decoder(artifact, torch.float32, CPU)
     down = decoder.layers[0].mlp.down
-    assert isinstance(down, Linear)
-    torch.testing.assert_close(down.weight, weight.dequantize().float())
+    assert isinstance(down, QuantizedLinear)
+    assert not isinstance(down.weight, Int4Tiles)
+    assert torch.equal(dequantized(down.weight, CPU), weight.dequantize().float())
+    assert down.nbytes == out * into // 2 + out * groups * 2
 
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -38,12 +38,40 @@ KINDS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "sliding window": {"architectures": ["MistralForCausalLM"], "sliding_window": 20},
+    "fused projections": {"architectures": ["Phi3ForCausalLM"], "pad_token_id": None},
+    "norms on both sides, windows and none": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "head_dim": 16,
+        "sliding_window": 20,
+        "tie_word_embeddings": True,
+    },
+    "windows, none and qk norm": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "head_dim": 16,
+        "sliding_window": 20,
+        "sliding_window_pattern": 2,
+        "tie_word_embeddings": True,
+    },
+    "learned positions": {"architectures": ["OPTForCausalLM"], "ffn_dim": 160},
+    "projected embeddings": {
+        "architectures": ["OPTForCausalLM"],
+        "ffn_dim": 160,
+        "word_embed_proj_dim": 48,
+        "do_layer_norm_before": False,
+        "tie_word_embeddings": True,
+    },
+    "layer norms, tied": {"architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": True},
 }
+# These have a key head for each head and say the width of their MLP in another word.
+_PLAIN_HEADS = ("OPTForCausalLM", "GPT2LMHeadModel")
 
 
 @pytest.fixture(params=KINDS.values(), ids=KINDS)
 def hf_config(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return {**SMALL, **request.param}
+    found = {**SMALL, **request.param}
+    if found["architectures"][0] in _PLAIN_HEADS:
+        del found["num_key_value_heads"], found["intermediate_size"]
+    return found
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from infopt.core.artifact.headers import TensorHeader
 from infopt.core.artifact.read import Artifact
+from infopt.core.errors import UnsupportedError
 from infopt.core.models.config import ModelConfig
 from infopt.core.profiling.static import (
     attended,
@@ -23,6 +24,8 @@ from infopt.core.profiling.static import (
     total,
     weight_bytes,
 )
+from infopt.core.runtime.kv_cache import block_bytes
+from infopt.kernels.attention.cache import new_cache
 
 
 def build(hf_config: dict[str, Any]) -> PreTrainedModel:
@@ -41,9 +44,9 @@ def counted(model: PreTrainedModel, **inputs: Any) -> int:
 
 def attention_excess(config: ModelConfig, past: int, new: int, batch: int) -> float:
     """Eager attention multiplies all keys by all queries; what is masked away is not work."""
-    pairs = new * (past + new)
+    pairs = config.layers * new * (past + new)
     useful = attended(config, past + new) - attended(config, past)
-    return 4.0 * config.layers * config.heads * config.head_dim * (pairs - useful) * batch
+    return 4.0 * config.heads * config.head_dim * (pairs - useful) * batch
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 64), (3, 33)])
@@ -103,11 +106,53 @@ def test_the_cache_is_what_transformers_holds(hf_config) -> None:
 def test_a_sliding_window_bounds_the_cache() -> None:
     config = ModelConfig.from_hf(MISTRAL)
     assert config.sliding_window == 4096
-    full = replace(config, sliding_window=None)
+    full = replace(config, windows=(None,) * config.layers)
     long = kv_bytes(config, batch=1, context=9000, dtype_bytes=2)
     assert long == kv_bytes(full, batch=1, context=4096, dtype_bytes=2)
-    assert attended(config, 5000) == sum(min(i, 4096) for i in range(1, 5001))
-    assert attended(full, 5000) == 5000 * 5001 // 2
+    assert attended(config, 5000) == 32 * sum(min(i, 4096) for i in range(1, 5001))
+    assert attended(full, 5000) == 32 * 5000 * 5001 // 2
+    mixed = replace(config, windows=(4096, None) * 16)
+    assert 2 * attended(mixed, 5000) == attended(config, 5000) + attended(full, 5000)
+    both = long + kv_bytes(full, batch=1, context=9000, dtype_bytes=2)
+    assert 2 * kv_bytes(mixed, batch=1, context=9000, dtype_bytes=2) == both
+    decode = [
+        phase_cost(c, weight_bytes(c, 2), batch=1, past=8999, new=1, dtype_bytes=2).bytes
+        for c in (config, mixed, full)
+    ]
+    assert decode[1] == (decode[0] + decode[2]) / 2
+
+
+@pytest.mark.parametrize("head_dim", [16, 10])
+def test_an_8_bit_cache_is_counted_as_the_runtime_holds_it(head_dim: int) -> None:
+    config = ModelConfig.from_hf({**MISTRAL, "head_dim": head_dim})
+    for kept in (torch.int8, torch.float8_e4m3fn):
+        held = block_bytes(config, 1, kept)
+        assert kv_bytes_per_token(config, 2, kv_8bit=True) == held
+        cache = new_cache(3, 5, config.kv_heads, head_dim, kept, torch.device("cpu"))
+        assert cache.nbytes * config.layers == 15 * held
+    profiles = [
+        static_profile(
+            config,
+            dtype="bfloat16",
+            batch=2,
+            prompt_tokens=10,
+            context=50,
+            device_memory=10**12,
+            kv_8bit=kv_8bit,
+        )
+        for kv_8bit in (True, False)
+    ]
+    saved = kv_bytes_per_token(config, 2) - kv_bytes_per_token(config, 2, kv_8bit=True)
+    assert profiles[1].kv_bytes - profiles[0].kv_bytes == 2 * 50 * saved
+    assert profiles[1].decode.bytes - profiles[0].decode.bytes == 2 * 51 * saved
+
+
+def test_experts_are_refused() -> None:
+    config = ModelConfig.from_hf(
+        {**MISTRAL, "architectures": ["MixtralForCausalLM"], "num_local_experts": 8}
+    )
+    with pytest.raises(UnsupportedError, match="does not know experts"):
+        parameters(config)
 
 
 MISTRAL = {
@@ -162,8 +207,10 @@ def test_a_tied_table_is_read_once_as_lm_head(hf_config) -> None:
     weights = weight_bytes(config, 2)
     cost = phase_cost(config, weights, batch=1, past=9, new=1, dtype_bytes=2)
     by_name = {operator.name: operator for operator in cost.operators}
-    assert by_name["lm_head"].weight_bytes == 500 * 64 * 2
-    assert by_name["embedding"].weight_bytes == 64 * 2
+    assert by_name["lm_head"].weight_bytes == 500 * config.embedding_size * 2
+    assert by_name["embedding"].weight_bytes == config.embedding_size * 2
+    if config.rope is None:
+        assert by_name["positions"].weight_bytes == 64 * 2
 
 
 def test_a_tied_table_may_be_stored_under_either_name() -> None:
@@ -192,6 +239,10 @@ def test_operators_by_tensor_name() -> None:
     assert operator_of("model.layers.0.post_attention_layernorm.weight") == "norms"
     assert operator_of("model.layers.0.self_attn.o_proj.qweight") == "o"
     assert operator_of("model.layers.0.mlp.up_proj.scales") == "gate_up"
+    assert operator_of("transformer.h.0.attn.c_proj.weight") == "o"
+    assert operator_of("transformer.h.0.mlp.c_proj.weight") == "down"
+    assert operator_of("transformer.h.0.ln_1.bias") == operator_of("ln_f.bias") == "norms"
+    assert operator_of("model.decoder.layers.0.self_attn.out_proj.bias") == "o"
     assert operator_of("something.else") == "other"
 
 

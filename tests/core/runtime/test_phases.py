@@ -55,7 +55,7 @@ def test_a_decode_step_reads_the_whole_context(
         phases.decode_step()
     for inputs, logits in seen:
         assert inputs.positions.tolist() == [16, 16]
-        (reads,) = inputs.plan.decodes
+        (reads,) = inputs.plan.reads().decodes
         assert len(set(reads.slots.tolist())) == 2 * 17
         assert logits.shape == (2, 97) and bool(torch.isfinite(logits).all())
 

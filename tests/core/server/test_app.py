@@ -160,6 +160,23 @@ def test_top_k_of_one_is_greedy(client: openai.OpenAI, expected: list[str]) -> N
     assert answer.choices[0].text == expected[0]
 
 
+def test_prefixes_are_found_again_by_who_brings_the_same_salt(
+    server: Any, client: openai.OpenAI
+) -> None:
+    prompt = list(range(100, 150))
+
+    def hits(salt: str) -> int:
+        before = server.health().json()["engine"]["prefix_hits"]
+        extra = {"cache_salt": salt, "priority": -3}
+        answer = client.completions.create(prompt=prompt, extra_body=extra, **GREEDY)
+        texts.add(answer.choices[0].text)
+        return int(server.health().json()["engine"]["prefix_hits"] - before)
+
+    texts: set[str] = set()
+    assert [hits(salt) for salt in ("salt a", "salt b", "salt a", "salt b")] == [0, 0, 48, 48]
+    assert len(texts) == 1
+
+
 def test_echo(client: openai.OpenAI, expected: list[str]) -> None:
     answer = client.completions.create(prompt=TEXTS[:2], echo=True, **GREEDY)
     assert [c.text for c in answer.choices] == [
@@ -244,6 +261,8 @@ def test_health_has_the_counts(server: Any) -> None:
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"chatty": 1}}, "stream_options.chatty"),
         ({"top_k": -2}, "top_k"),
+        ({"priority": 2**31}, "priority"),
+        ({"cache_salt": 5}, "cache_salt"),
     ],
     ids=str,
 )

@@ -15,6 +15,7 @@ import zmq.asyncio
 
 from infopt.core.errors import EngineError, UsageError
 from infopt.core.runtime.request import SamplingParams, StepOutput
+from infopt.core.runtime.stats import EngineStats
 from infopt.core.server import messages
 from infopt.core.server.engine_client import EngineClient
 from infopt.core.server.engine_process import run
@@ -59,11 +60,9 @@ class Fake:
                 del self.running[name]
         return outputs
 
-    def stats(self) -> Any:
-        return type("Stats", (), {n: len(self.running) for n in STATS} | {"steps": self.steps})
-
-
-STATS = ("running", "waiting", "blocks_total", "blocks_used", "blocks_free", "preemptions")
+    def stats(self) -> EngineStats:
+        values = dict.fromkeys(EngineStats.__dataclass_fields__, len(self.running))
+        return EngineStats(**{**values, "steps": self.steps})
 
 
 def together(folder: Path, test: Callable[[EngineClient, Fake], Awaitable[None]]) -> None:

@@ -27,6 +27,9 @@ entries = st.builds(
         stop_token_ids=ids,
         ignore_eos=st.booleans(),
         logprobs=st.none() | st.integers(0, 20),
+        n=st.integers(1, 128),
+        priority=st.integers(-(2**31), 2**31 - 1),
+        cache_salt=st.text(),
     )
 )
 def test_params_travel_unchanged(params: SamplingParams) -> None:
@@ -42,6 +45,7 @@ def test_params_travel_unchanged(params: SamplingParams) -> None:
         finish_reason=st.sampled_from([None, "stop", "length", "abort", "error"]),
         error=st.none() | st.text(),
         logprobs=st.none() | st.lists(entries).map(tuple),
+        index=st.integers(0, 127),
     )
 )
 def test_outputs_travel_unchanged(output: StepOutput) -> None:

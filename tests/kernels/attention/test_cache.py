@@ -1,6 +1,15 @@
 import torch
 
-from infopt.kernels.attention.cache import keys_of, new_cache, token_bytes, values_of, write_kv
+from infopt.kernels.attention.cache import (
+    copy_blocks,
+    keys_of,
+    new_cache,
+    read_blocks,
+    token_bytes,
+    values_of,
+    write_blocks,
+    write_kv,
+)
 
 
 def test_keys_and_values_land_in_their_slots_and_nowhere_else() -> None:
@@ -24,3 +33,22 @@ def test_a_slice_of_a_wider_tensor_can_be_written() -> None:
 def test_bytes_of_a_token_are_those_of_the_cache() -> None:
     cache = new_cache(4, 3, 2, 5, torch.bfloat16, torch.device("cpu"))
     assert cache.nbytes == 12 * token_bytes(2, 5, torch.bfloat16)
+
+
+def test_blocks_are_copied_whole_and_nothing_else_changes() -> None:
+    cache = new_cache(6, 3, 2, 5, torch.float32, torch.device("cpu")).normal_()
+    before = cache.clone()
+    copy_blocks(cache, torch.tensor([1, 1, 5]), torch.tensor([0, 4, 2]))
+    wanted = before.clone()
+    wanted[0], wanted[4], wanted[2] = before[1], before[1], before[5]
+    assert torch.equal(cache, wanted)
+
+
+def test_blocks_read_are_written_back_as_they_were() -> None:
+    cache = new_cache(6, 3, 2, 5, torch.bfloat16, torch.device("cpu")).normal_()
+    before = cache.clone()
+    held = read_blocks(cache, torch.tensor([4, 1]))
+    cache.zero_()
+    write_blocks(cache, torch.tensor([0, 5]), held)
+    assert torch.equal(cache[0], before[4]) and torch.equal(cache[5], before[1])
+    assert int(cache[1:5].count_nonzero()) == 0

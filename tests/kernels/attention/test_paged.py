@@ -39,6 +39,8 @@ def both(
     group: int = 3,
     head_dim: int = 8,
     dtype: torch.dtype = torch.float32,
+    window: int | None = None,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(planned, plain) for requests of (new tokens, context)."""
     widths = [-(-context // block_size) for _, context in requests]
@@ -53,10 +55,24 @@ def both(
     padded = torch.tensor([table + [0] * (max(widths) - len(table)) for table in tables])
     scale = head_dim**-0.5
     plain = paged_attention(
-        query, keys_of(cache), values_of(cache), padded, contexts, starts, scale
+        query,
+        keys_of(cache),
+        values_of(cache),
+        padded,
+        contexts,
+        starts,
+        scale,
+        window=window,
+        cap=cap,
     )
     plan = plan_attention(tables, contexts, starts, block_size, dtype, CPU)
-    return planned_attention(query, cache, plan, scale), plain
+    if window is not None:  # what no query sees may be anything
+        for table, (new, context) in zip(tables, requests, strict=True):
+            for position in range(context - new - window + 1):
+                cache[table[position // block_size], position % block_size] = torch.nan
+    fixed = planned_attention(query, cache, plan.reads(window, fixed=True), scale, cap)
+    agree(fixed, plain)
+    return planned_attention(query, cache, plan.reads(window), scale, cap), plain
 
 
 def agree(planned: Tensor, plain: Tensor) -> None:
@@ -93,21 +109,26 @@ def test_planned_equals_plain(
     block_size=st.integers(1, 9),
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 4),
+    window=st.none() | st.integers(1, 45),
+    cap=st.sampled_from([None, 0.5]),
     seed=st.integers(0, 9),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_planned_equals_plain_on_any_batch(
     decodes: list[int],
     chunks: list[tuple[int, int]],
     block_size: int,
     kv_heads: int,
     group: int,
+    window: int | None,
+    cap: float | None,
     seed: int,
 ) -> None:
     requests = [(1, context) for context in decodes] + [(n, n + past) for n, past in chunks]
     if requests:
         torch.manual_seed(seed)
-        agree(*both(requests, block_size=block_size, kv_heads=kv_heads, group=group))
+        shape = dict(block_size=block_size, kv_heads=kv_heads, group=group)
+        agree(*both(requests, **shape, window=window, cap=cap))
 
 
 def test_plain_is_sdpa_on_a_contiguous_cache() -> None:
@@ -127,13 +148,25 @@ def test_a_short_context_is_not_padded_to_a_long_one() -> None:
     contexts = [5, 256, 257, 514, 515, 2000]
     tables = [list(range(500)) for _ in contexts]
     plan = plan_attention(tables, contexts, list(range(7)), 4, torch.float32, CPU)
-    assert [reads.rows for reads in plan.decodes] == [
+    decodes = plan.reads().decodes
+    assert [reads.rows for reads in decodes] == [
         slice(0, 2),
         slice(2, 4),
         slice(4, 5),
         slice(5, 6),
     ]
-    assert [len(reads.slots) for reads in plan.decodes] == [2 * 256, 2 * 514, 515, 2000]
+    assert [len(reads.slots) for reads in decodes] == [2 * 256, 2 * 514, 515, 2000]
+
+
+def test_a_window_is_all_that_is_read_and_planned_once() -> None:
+    plan = plan_attention(
+        [list(range(500))] * 3, [5, 600, 90], [0, 1, 2, 22], 4, torch.float32, CPU
+    )
+    near = plan.reads(16)
+    assert near is plan.reads(16) and near is not plan.reads(17)
+    (decodes,), (chunk,) = near.decodes, near.chunks
+    assert decodes.slots.view(2, -1)[1].tolist() == list(range(584, 600))
+    assert chunk.slots.tolist() == list(range(55, 90))
 
 
 def test_requests_with_one_query_must_come_first() -> None:

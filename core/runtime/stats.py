@@ -1,0 +1,57 @@
+"""What the engine counts."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The engine as it stands between two steps, and its sums since it was loaded."""
+
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_used: int
+    blocks_free: int
+    blocks_cached: int
+    """Free blocks whose contents can still be found."""
+    host_bytes: int
+    """Held by the second tier of the prefix cache."""
+    prefix_queries: int
+    """Tokens that requests came with."""
+    prefix_hits: int
+    """Those of them that were not computed again."""
+    preemptions: int
+    steps: int
+    tokens: int
+    """Computed in all steps together."""
+    step_tokens: int
+    """Computed in the last step."""
+    schedule_s: float
+    build_s: float
+    forward_s: float
+    """On a GPU only until the work is under way: `sample_s` then has the wait for it."""
+    sample_s: float
+
+
+@dataclass(slots=True)
+class Meter:
+    """Sums over steps."""
+
+    steps: int = 0
+    tokens: int = 0
+    step_tokens: int = 0
+    schedule_s: float = 0.0
+    build_s: float = 0.0
+    forward_s: float = 0.0
+    sample_s: float = 0.0
+
+    def count(self, tokens: int, borders: tuple[float, float, float, float, float]) -> None:
+        """A step of so many tokens; the times at which its four phases began, and its end."""
+        began, scheduled, built, ran, ended = borders
+        self.steps += 1
+        self.tokens += tokens
+        self.step_tokens = tokens
+        self.schedule_s += scheduled - began
+        self.build_s += built - scheduled
+        self.forward_s += ran - built
+        self.sample_s += ended - ran

@@ -1,0 +1,75 @@
+"""Settings to a command line and back."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from infopt.cli import serve
+from infopt.cli.main import run_app
+from infopt.cli.serving import _command
+from infopt.cli.verb import settings_for
+from infopt.core.recipe.serve import ServeSettings
+
+OTHERS: list[dict[str, Any]] = [
+    {},
+    {"prefix_caching": False, "batching": "static"},
+    {"batching": "dynamic", "batch_wait_ms": 12.5, "prefix_host_bytes": 10**9},
+    {"block_size": 32, "kv_blocks": 99, "max_batch_tokens": 64, "max_chunk_tokens": 32},
+    {"max_running": 3, "max_model_len": 128, "watermark": 0.2, "port": 0, "model_name": "m"},
+    {"host": "::1", "device": "cpu", "dtype": "float32", "seed": 7},
+    {"kv_dtype": "int8", "deterministic": True},
+]
+
+
+@pytest.mark.parametrize("values", OTHERS, ids=str)
+def test_a_server_beside_this_process_gets_the_same_settings(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[ServeSettings] = []
+
+    def heard(model: str, given: dict[str, Any], common: Any) -> None:
+        assert model == "somewhere"
+        found = settings_for("serve", common, given)[0]
+        assert isinstance(found, ServeSettings)
+        told.append(found)
+
+    monkeypatch.setattr(serve, "_serve", heard)
+    artifact: Any = SimpleNamespace(path=Path("somewhere"), trust_remote_code=False)
+    settings = ServeSettings(**values)
+    words = _command(artifact, settings)
+    assert run_app(words[words.index("serve") :]) == 0
+    assert told == [settings]
+
+
+def test_every_setting_is_among_them() -> None:
+    tried = {key for values in OTHERS for key in values}
+    assert tried | {"ask"} == set(ServeSettings.model_fields)
+
+
+@pytest.mark.parametrize("verb", ["serve", "bench"])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--batch-wait-ms", "5"], "batch_wait_ms is for batching: dynamic"),
+        (["--batching", "static", "--batch-wait-ms", "5"], "batch_wait_ms is for batching"),
+        (["--no-prefix-caching", "--prefix-host-bytes", "9"], "needs prefix_caching"),
+        (["--batching", "sometimes"], "sometimes"),
+        (["--watermark", "1.0"], "watermark"),
+        (["--max-chunk-tokens", "0"], "max_chunk_tokens"),
+    ],
+    ids=str,
+)
+def test_an_option_that_would_not_be_read_is_refused(
+    verb: str, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_app([verb, *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_options_of_the_engine_are_not_for_a_server_elsewhere(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_app(["bench", "--url", "http://127.0.0.1:9", "--no-prefix-caching"]) == 2
+    assert "--prefix-caching is the server's to choose" in capsys.readouterr().err
