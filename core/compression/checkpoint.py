@@ -96,10 +96,10 @@ class Checkpoint(Generic[Row]):
             found: Tensor = stream.get_tensor(name)
             return found
 
-    def hidden(self) -> list[Tensor]:
-        """The inputs of the block after the last finished one, one tensor a batch."""
-        names = sorted(name for name in self._digests if name.startswith("hidden-"))
-        return [load((self.folder / name).read_bytes())["hidden"] for name in names]
+    def hidden(self) -> Iterator[Tensor]:
+        """The inputs of the block after the last finished one, one tensor a batch, as asked for."""
+        for name in sorted(name for name in self._digests if name.startswith("hidden-")):
+            yield load((self.folder / name).read_bytes())["hidden"]
 
     def read(self) -> None:
         """Take up what is there; raises ResumeError if a file is missing or changed."""
@@ -123,7 +123,10 @@ class Checkpoint(Generic[Row]):
     def staging(self) -> Path:
         """Where the artifact is built; what an earlier try left there is removed."""
         for path in self.folder.glob("*artifact*"):
-            shutil.rmtree(path)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()  # a lock that a kill left
         return self.folder / "artifact"
 
     def clear(self) -> None:

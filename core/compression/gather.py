@@ -16,7 +16,7 @@ from infopt.core.errors import NumericsError
 
 Group = tuple[str, ...]
 """Layers that share an input."""
-_SAMPLE_ROWS = 512
+_SAMPLE_ROWS = 1024
 
 
 @dataclass(slots=True)

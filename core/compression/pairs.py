@@ -27,12 +27,21 @@ class Pair:
     """A norm or linear layer `source` whose output reaches `layers` and nothing else.
 
     Full names. Dividing its channels by any positive factors and multiplying the layers' columns
-    by the same changes nothing of what the block computes.
+    by the same changes nothing of what the block computes. Each run of `width` channels (None: all
+    of them) reaches `repeat` runs of columns, one after the other: as values do under grouped
+    queries, where the heads of a group read the same ones.
     """
 
     source: str
     layers: tuple[str, ...]
     kind: Literal["norm", "linear"]
+    repeat: int = 1
+    width: int | None = None
+
+    def channels(self, columns: int) -> Tensor:
+        """The channel of the source that reaches each of the layers' columns, int64 [columns]."""
+        runs = torch.arange(columns // self.repeat).reshape(-1, 1, self.width or columns)
+        return runs.expand(-1, self.repeat, -1).flatten()
 
 
 @dataclass(slots=True)
@@ -51,8 +60,9 @@ def find_pairs(walk: Walk, index: int, targets: Sequence[Target]) -> list[Pair]:
     """The pairs of the loaded block `index`, in order of their layers' calls.
 
     Norms before all targets that share an input; linear layers before one of the same parent (v
-    before o, up before down). Every candidate is tried on the probe: where factors on source and
-    layers do not cancel, or the probe cannot tell, it is no pair. Call it before any `settle`.
+    before o, of grouped queries too; up before down). Every candidate is tried on the probe: where
+    factors on source and layers do not cancel, or the probe cannot tell, it is no pair. Call it
+    before any `settle`.
     """
     assert index == walk.position
     seen = _watch(walk, targets)
@@ -63,26 +73,52 @@ def find_pairs(walk: Walk, index: int, targets: Sequence[Target]) -> list[Pair]:
         if (layers := tuple(n for n in order if _same(seen.inputs[n], output)))
         and _cancels(walk, pair := Pair(source, layers, "norm"), _run_block(walk))
     ]
-    sizes = {target.name: target for target in targets}
     for number, layer in enumerate(order):
         # What was called last is the likeliest: up after gate, v after q and k.
         for source in reversed(order[:number]):
-            if (
-                _parent(source) == _parent(layer)
-                and sizes[source].outputs == sizes[layer].inputs
-                and not _same(seen.inputs[source], seen.inputs[layer])
-                and _cancels(
-                    walk, pair := Pair(source, (layer,), "linear"), _run(walk, seen, layer)
-                )
-            ):
-                found.append(pair)
+            if _parent(source) != _parent(layer) or _same(seen.inputs[source], seen.inputs[layer]):
+                continue
+            run = _run(walk, seen, layer)
+            likely = _candidate(walk, source, layer, run)
+            if likely is not None and _cancels(walk, likely, run):
+                found.append(likely)
                 break
     return sorted(found, key=lambda pair: order.index(pair.layers[0]))
 
 
+def _candidate(walk: Walk, source: str, layer: str, run: Callable[[], Tensor]) -> Pair | None:
+    """The pair that two layers may be by their sizes and by where the source's values arrive."""
+    outputs, inputs = walk.layer(source).out_features, walk.layer(layer).in_features
+    if outputs == inputs:
+        return Pair(source, (layer,), "linear")
+    if inputs % outputs:
+        return None
+    repeat = inputs // outputs
+    columns = _reached(walk, source, layer, run)
+    width = columns[1] - columns[0] if len(columns) == repeat else 0
+    if width == 0 or outputs % width or columns != [i * width for i in range(repeat)]:
+        return None
+    return Pair(source, (layer,), "linear", repeat, width)
+
+
+def _reached(walk: Walk, source: str, layer: str, run: Callable[[], Tensor]) -> list[int]:
+    """The columns of the layer whose inputs change with the first channel of the source."""
+    seen: list[dict[str, Tensor]] = []
+    first = torch.ones(walk.layer(source).out_features, device=walk.device)
+    first[0] = 2.0
+    for factors in (torch.ones_like(first), first):
+        with ExitStack() as hooks:
+            seen.append({})
+            hooks.enter_context(_divide_output(walk.layer(source), factors))
+            hooks.enter_context(_note_input(walk.layer(layer), layer, seen[-1]))
+            run()
+    before, after = (found[layer].reshape(-1, found[layer].shape[-1]) for found in seen)
+    return (before != after).any(dim=0).nonzero().flatten().tolist()
+
+
 @torch.no_grad()
 def scale_pair(walk: Walk, pair: Pair, scales: Tensor) -> tuple[str, ...]:
-    """Divide the source by `scales` [K] and multiply the layers' columns; in place, in float32.
+    """Divide the source by `scales` [C] and multiply the layers' columns; in place, in float32.
 
     Returns the full names of the parameters that changed. Raises NumericsError, with nothing
     changed, where scales are not positive or a result does not fit the parameters' dtype.
@@ -91,8 +127,9 @@ def scale_pair(walk: Walk, pair: Pair, scales: Tensor) -> tuple[str, ...]:
     if not bool((torch.isfinite(factors) & (factors > 0)).all()):
         raise NumericsError(f"the scales between {pair.source} and {pair.layers[0]} are not finite")
     changed = dict(_scaled_source(walk, pair, factors))
+    columns = factors[pair.channels(len(factors) * pair.repeat)]
     for layer in pair.layers:
-        changed[f"{layer}.weight"] = walk.layer(layer).weight.float() * factors
+        changed[f"{layer}.weight"] = walk.layer(layer).weight.float() * columns
     stored = {name: walk.model.get_parameter(name) for name in changed}
     values = {name: value.to(stored[name].dtype) for name, value in changed.items()}
     for name, value in values.items():
@@ -198,15 +235,16 @@ def _cancels(walk: Walk, pair: Pair, run: Callable[[], Tensor]) -> bool:
     alone do change the output shows that the probe sees them at all.
     """
     source = walk.model.get_submodule(pair.source)
-    channels = walk.layer(pair.layers[0]).in_features
-    powers = torch.randint(0, 3, (channels,), generator=torch.Generator().manual_seed(0))
+    columns = pair.channels(walk.layer(pair.layers[0]).in_features)
+    count = len(columns) // pair.repeat
+    powers = torch.randint(0, 3, (count,), generator=torch.Generator().manual_seed(0))
     factors = (2.0**powers).to(walk.device)
     expected = run()
     with ExitStack() as hooks:
         hooks.enter_context(_divide_output(source, factors))
         alone = float((run() - expected).norm())
         for layer in pair.layers:
-            hooks.enter_context(_multiply_input(walk.layer(layer), factors))
+            hooks.enter_context(_multiply_input(walk.layer(layer), factors[columns]))
         left = float((run() - expected).norm())
     return alone > 0 and left <= _TOLERANCE * alone  # false for NaN
 

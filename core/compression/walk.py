@@ -1,11 +1,12 @@
 """The block-by-block walk through a model that every compression method shares.
 
 Only one block's weights are in memory at a time, and for every calibration batch the hidden
-states between two blocks. What else a block is called with (positions, masks) is recorded from one
-forward pass of the model in which every block hands its input on, so no model needs its own code.
+states between two blocks, unless these are kept on disk. What else a block is called with
+(positions, masks) is recorded from one forward pass of the model in which every block hands its
+input on, so no model needs its own code.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from infopt.core.artifact.read import Artifact
+from infopt.core.compression.offload import Store, in_memory
 from infopt.core.compression.replay import Replay, Tail, find_tail, replace_forward
 from infopt.core.compression.targets import Target
 from infopt.core.errors import NumericsError
@@ -55,9 +57,11 @@ class Walk:
         *,
         keep_bytes: int = 0,
         experts: Calibration | None = None,
+        store: Store = in_memory,
     ) -> None:
         """probe and batches: int64 [batch, length]; keep_bytes: memory that `settle` may use;
-        experts: which tokens an MoE's experts are shown beside what they are asked."""
+        experts: which tokens an MoE's experts are shown beside what they are asked; store: keeps
+        the hidden states."""
         self.artifact, self.dtype, self.device = artifact, dtype, device
         self.tokens = (probe, *batches)
         self.model: PreTrainedModel = skeleton(artifact, dtype)
@@ -74,6 +78,7 @@ class Walk:
         self._calls: list[list[_Call]] = []
         self.position = 0
         self.hidden: list[Tensor] = []
+        self._store = store
         self._replay = Replay(keep_bytes)
         self._targets: frozenset[str] = frozenset()
         self._settled: set[str] = set()
@@ -90,14 +95,14 @@ class Walk:
         pool: dict[tuple[Any, ...], Tensor] = {}
         for index in range(len(self.tokens)):
             calls = [_part(*call) for call in self._record(index, stop_at=len(self._blocks) - 1)]
-            self.hidden.append(calls[0][0].to("cpu"))
+            self.hidden.append(self._store(calls[0][0]))
             self._calls.append([_shared(rest, (i,), pool) for i, (_, rest) in enumerate(calls)])
         release(self.model)
 
-    def skip_to(self, position: int, hidden: Sequence[Tensor]) -> None:
+    def skip_to(self, position: int, hidden: Iterable[Tensor]) -> None:
         """After `start`: stand before the block `position` with an earlier walk's states."""
-        assert len(hidden) == len(self.tokens)
-        self.position, self.hidden = position, list(hidden)
+        self.position, self.hidden = position, [self._store(part) for part in hidden]
+        assert len(self.hidden) == len(self.tokens)
 
     def load(self) -> None:
         """Read the weights of the block to come; `advance` releases them."""
@@ -214,7 +219,7 @@ class Walk:
                     f"that are not finite in {str(self.dtype).removeprefix('torch.')}",
                     "try --dtype float32; if it is so already, the weights are broken",
                 )
-            self.hidden[index] = output
+            self.hidden[index] = self._store(output)
         calibrate_experts(self.model, self._experts)
         self._replay.clear()
         self._replay.recording = True

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from infopt.core.artifact.read import Artifact
+from infopt.core.compression.offload import offloads
 from infopt.core.compression.targets import (
     Target,
     TargetBlock,
@@ -80,9 +81,26 @@ class Job:
         """Whether text is run through the model at all."""
         return self.observes or self.settings.kv_cache is not None
 
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens that are run through the model."""
+        calibration = self.settings.calibration
+        return calibration.samples * calibration.sequence_length if self.calibrates else 0
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Of the text's hidden states between two blocks, in all the walks."""
+        width = min(target.inputs for target in self.targets)
+        return self.tokens * width * self.dtype.itemsize * (2 if self.refers else 1)
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether these are kept on disk."""
+        return offloads(self.settings.offload, self.hidden_bytes)
+
     def identity(self, token_hash: str) -> dict[str, str]:
         """What must be equal for unfinished work to be continued; equal work has equal results."""
-        settings = self.settings.model_dump(mode="json", exclude={"calibration"})
+        settings = self.settings.model_dump(mode="json", exclude={"calibration", "offload"})
         return {
             "model": self.artifact.fingerprint(),
             "calibration tokens": token_hash,

@@ -33,8 +33,9 @@ def stage_artifact(job: Job, checkpoint: LayerCheckpoint) -> Artifact:
 
 
 def recipe_text(job: Job) -> str:
-    """The recipe that makes this artifact again."""
-    step = Step(verb="quantize", settings=job.settings)
+    """The recipe that makes this artifact again; where hidden states were kept is no part of it."""
+    settings = job.settings.model_copy(update={"offload": "auto"})
+    step = Step(verb="quantize", settings=settings)
     return dump_recipe(Recipe(name="quantize", steps=(step,)))
 
 

@@ -50,6 +50,8 @@ def plan_quantize(artifact: Artifact, settings: QuantizeSettings) -> Plan:
             f"calibration: {calibration.samples} windows of {calibration.sequence_length} tokens "
             f"of {calibration.text}"
         )
+    if job.offloaded:
+        actions.append(f"keep its {job.hidden_bytes / 2**20:.0f} MiB of hidden states on disk")
     if settings.how == "qat":
         actions.append(f"train {settings.steps} steps from the codes that gptq finds")
     words = "a dense" if settings.format is None else f"a {settings.format}"
@@ -85,14 +87,9 @@ def check_disk(job: Job, output: Path) -> None:
     require_disk(output, _disk(job) * _DISK_RESERVE, f"quantizing {job.artifact.name}")
 
 
-def _tokens(job: Job) -> int:
-    """Calibration tokens that are run through the model."""
-    calibration = job.settings.calibration
-    return calibration.samples * calibration.sequence_length if job.calibrates else 0
-
-
 def memory_of(job: Job) -> int:
-    """At the peak: all hidden states, one block, and the workspace of its largest layer."""
+    """At the peak: all hidden states but those on disk, one block, and the workspace of its
+    largest layer."""
     width = job.dtype.itemsize
     largest = max(sum(t.outputs * t.inputs for t in block.targets) for block in job.blocks)
     outside = [job.artifact.shape(name) for name in job.artifact.names() if name not in job.stored]
@@ -106,19 +103,21 @@ def memory_of(job: Job) -> int:
     held = whole * width if job.settings.scheme == "mixed" else 0
     if not job.calibrates:
         return _PROCESS_BYTES + max(held, around, largest * (width + 12))
-    tokens = _tokens(job)
+    tokens = job.tokens
     columns = max(t.inputs for t in job.targets)
     solving = 6 * 4 * columns * columns + 6 * 4 * max(t.outputs * t.inputs for t in job.targets)
-    hidden = tokens * _hidden_size(job) * width * (2 if job.refers else 1)
+    batch = min(1, BATCH_TOKENS / tokens)
+    hidden = job.hidden_bytes * (batch if job.offloaded else 1)
     outputs = tokens * width * max(sum(t.outputs for t in b.targets) for b in job.blocks)
     kept = min(outputs, keep_bytes(job.device))
-    passing = 3 * outputs * min(1, BATCH_TOKENS / tokens)
+    passing = 3 * outputs * batch
     block = largest * (width + 4) * (2 if job.refers else 1) + solving + kept + passing
     return _PROCESS_BYTES + max(held, int(_SLACK * (hidden + max(around, block))))
 
 
 def _disk(job: Job) -> int:
-    """The artifact, its tensors among the unfinished work, and the hidden states of two blocks."""
+    """The artifact, its tensors among the unfinished work, and the hidden states of two blocks,
+    of a third where they are kept on disk."""
     quantized = 0.0
     for target in job.targets:
         size = target.outputs * target.inputs
@@ -133,7 +132,7 @@ def _disk(job: Job) -> int:
         for name in job.artifact.names()
         if name not in job.stored
     )
-    hidden = _tokens(job) * _hidden_size(job) * job.dtype.itemsize * (2 if job.refers else 1)
+    hidden = job.hidden_bytes * (3 if job.offloaded else 2)
     stages = job.artifact.weight_bytes if job.settings.method == "rotate" else 0
     if job.settings.how == "qat":
         # Weights and Adam's moments in float32, twice while one replaces the other; GPTQ's codes.
@@ -141,11 +140,7 @@ def _disk(job: Job) -> int:
     if job.settings.max_ppl_increase is not None:
         stages += int(quantized + dense)
     # The writer spools a shard before it copies it into place.
-    return int(2 * (quantized + dense) + quantized + 2 * hidden + 2 * stages)
-
-
-def _hidden_size(job: Job) -> int:
-    return min(t.inputs for t in job.targets)
+    return int(2 * (quantized + dense) + quantized + hidden + 2 * stages)
 
 
 def _seconds(job: Job) -> float | None:
@@ -155,7 +150,7 @@ def _seconds(job: Job) -> float | None:
     """
     if job.settings.how != "gptq" or job.scales or job.settings.scheme == "mixed":
         return None
-    tokens = _tokens(job)
+    tokens = job.tokens
     forward = 2.0 * tokens * sum(t.outputs * t.inputs for t in job.targets)
     inputs = {(t.name.rpartition(".")[0], t.inputs) for t in job.targets}
     hessians = sum(1.25 * tokens * columns**2 for _, columns in inputs)

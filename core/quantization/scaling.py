@@ -18,10 +18,12 @@ from infopt.core.models.hf import resolve
 from infopt.core.quantization.awq import Ranges, awq_scales
 from infopt.core.quantization.job import Job
 from infopt.core.quantization.rounding import nearest_error
-from infopt.core.quantization.smooth import search_alpha, smooth_scales
+from infopt.core.quantization.smooth import search_scales, smooth_scales
 from infopt.core.recipe.quantize import QuantizeSettings
 
-ALPHAS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+_FLOOR = 16.0
+"""Where no norm is between, a layer writes to the residual stream, which is about as large for all
+tokens but a few: errors count by their size, and only the few by their share."""
 _SMOOTHED = LayerScheme(IntegerFormat(8, True, None), ActivationFormat("int", 8))
 """What a search assumes where the weights are left dense."""
 
@@ -52,13 +54,14 @@ def scale_block(walk: Walk, index: int, groups: Sequence[Group], job: Job) -> Sc
     scaled = Scaled(statistics, _rtn_errors(walk, statistics, job))
     for pair in find_pairs(walk, index, job.blocks[index].targets):
         group = next((g for g in statistics if set(pair.layers) == set(g)), None)
-        if group is None or statistics[group].rows == 0:
+        if group is None or statistics[group].rows == 0 or _skipped(pair, job):
             continue
-        scales = _search(walk, pair, statistics[group], job)
+        channels = pair.channels(len(statistics[group].hessian)).to(walk.device)
+        scales = _search(walk, pair, channels, statistics[group], job)
         if pair.kind == "norm":
             scales = _storable(walk, pair, scales, job)
         scaled.changed.update(scale_pair(walk, pair, scales))
-        statistics[group] = statistics[group].divided(scales)
+        statistics[group] = statistics[group].divided(scales[channels])
     scaled.changed -= {f"{name}.weight" for name in job.schemes}
     for name in scaled.changed:
         # What is computed with from here on is what will be read back.
@@ -68,7 +71,15 @@ def scale_block(walk: Walk, index: int, groups: Sequence[Group], job: Job) -> Sc
     return scaled
 
 
-def _search(walk: Walk, pair: Pair, statistics: InputStatistics, job: Job) -> Tensor:
+def _skipped(pair: Pair, job: Job) -> bool:
+    """AWQ has no scale for columns that share one."""
+    return job.settings.method == "awq" and pair.repeat > 1
+
+
+def _search(
+    walk: Walk, pair: Pair, channels: Tensor, statistics: InputStatistics, job: Job
+) -> Tensor:
+    """A scale for each of the source's channels; `channels` says which each column has."""
     weights = [walk.layer(name).weight.to(torch.float32) for name in pair.layers]
     scheme = job.schemes.get(pair.layers[0], _SMOOTHED)
     form = scheme.weight
@@ -79,12 +90,18 @@ def _search(walk: Walk, pair: Pair, statistics: InputStatistics, job: Job) -> Te
         return awq_scales(
             statistics.abs_mean, statistics.hessian, weights, form, ranges=ranges
         ).scales
-    alpha = job.settings.alpha
-    if alpha != "search":
-        return smooth_scales(statistics.abs_max, weights, float(alpha))
+    shared = channels if pair.repeat > 1 else None
+    if job.settings.alpha != "search":
+        return smooth_scales(statistics.abs_max, weights, float(job.settings.alpha), shared)
     assert statistics.sample is not None and scheme.activation is not None
-    return search_alpha(
-        statistics.sample, statistics.abs_max, weights, form, scheme.activation, ALPHAS
+    return search_scales(
+        statistics.sample,
+        statistics.abs_max,
+        weights,
+        form,
+        scheme.activation,
+        shared,
+        floor=0.0 if pair.kind == "norm" else _FLOOR,
     ).scales
 
 

@@ -1,8 +1,11 @@
 """Quantize block by block on a walk through the model."""
 
+from itertools import islice
+
 from torch import Tensor
 
 from infopt.core.compression.calibration import BATCH_TOKENS, batches, keep_bytes
+from infopt.core.compression.offload import OnDisk, Store, in_memory
 from infopt.core.compression.output import compare_with_disk
 from infopt.core.compression.walk import Walk
 from infopt.core.models.experts import Calibration
@@ -31,13 +34,14 @@ def _walk(
 ) -> Tensor:
     """Quantize the blocks that are not finished yet; returns the probe's logits at the end."""
     data = batches(tokens, BATCH_TOKENS) if job.calibrates else ()
-    walk = _started(job, shown, data, keep_bytes(job.device), progress)
-    reference = _started(job, shown, data, 0, progress) if job.refers else None
+    store = OnDisk(checkpoint.folder) if job.offloaded else in_memory
+    walk = _started(job, shown, data, keep_bytes(job.device), store, progress)
+    reference = _started(job, shown, data, 0, store, progress) if job.refers else None
     if checkpoint.finished:
-        hidden = checkpoint.hidden()
-        walk.skip_to(checkpoint.finished, hidden[: len(walk.tokens)])
+        kept = checkpoint.hidden()
+        walk.skip_to(checkpoint.finished, islice(kept, len(walk.tokens)))
         if reference is not None:
-            reference.skip_to(checkpoint.finished, hidden[len(walk.tokens) :])
+            reference.skip_to(checkpoint.finished, kept)
     total, resumed = len(job.targets), len(checkpoint.rows)
     done = resumed
     for index in range(checkpoint.finished, len(walk.names)):
@@ -62,10 +66,24 @@ def _walk(
 
 
 def _started(
-    job: Job, shown: Tensor, data: tuple[Tensor, ...], keep: int, progress: ProgressCallback
+    job: Job,
+    shown: Tensor,
+    data: tuple[Tensor, ...],
+    keep: int,
+    store: Store,
+    progress: ProgressCallback,
 ) -> Walk:
     experts: Calibration = "all" if job.settings.calibrate_all_experts else "routed"
-    walk = Walk(job.artifact, shown, data, job.dtype, job.device, keep_bytes=keep, experts=experts)
+    walk = Walk(
+        job.artifact,
+        shown,
+        data,
+        job.dtype,
+        job.device,
+        keep_bytes=keep,
+        experts=experts,
+        store=store,
+    )
     progress(Progress("embedding the calibration text"))
     walk.start()
     return walk

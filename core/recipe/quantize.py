@@ -23,6 +23,7 @@ from infopt.core.recipe.text import CalibrationSettings, Device, DType
 GroupSize = Literal[32, 64, 128, "channel", "auto"]
 Bits = Literal[2, 3, 4, 8]
 Rounding = Literal["rtn", "gptq", "autoround"]
+Offload = Literal["auto", "memory", "disk"]
 
 
 def _alpha(value: Any) -> Any:
@@ -88,6 +89,9 @@ class QuantizeSettings(Settings):
     calibrate_all_experts: bool = True
     """Show every token to every expert of an MoE; else an expert sees what is routed to it."""
     calibration: CalibrationSettings = CalibrationSettings()
+    offload: Offload = "auto"
+    """Where the text's hidden states are kept between two blocks; `auto` is on disk where they
+    would take more than a quarter of the free memory. The result is the same."""
     format: Format | None = None
     """The checkpoint format; follows from method and scheme."""
     device: Device = "auto"

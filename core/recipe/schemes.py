@@ -144,6 +144,8 @@ def unread_option(
         return "grid is not read where awq searches the ranges: it goes with clip false"
     if "calibrate_all_experts" in changed and not _calibrates(method, rounding, scheme, changed):
         return f"calibrate_all_experts is not read by {method} in scheme {scheme}: it sees no text"
+    if "offload" in changed and not _walks(method, rounding, scheme, changed):
+        return f"offload is not read by {method} in scheme {scheme}: it sees no text"
     if {"gptaq", "calibrate_all_experts"} <= set(changed):
         return "gptaq compares inputs token by token: it goes with calibrate_all_experts"
     if "mixed_bits" in changed and scheme != "mixed":
@@ -162,6 +164,11 @@ def _calibrates(method: Method, rounding: str, scheme: Scheme, changed: dict[str
     if method in ("awq", "smoothquant") or changed.get("fp8") == "static":
         return True
     return rounding in ("gptq", "autoround", "qat") and scheme != "W16A16"
+
+
+def _walks(method: Method, rounding: str, scheme: Scheme, changed: dict[str, Any]) -> bool:
+    """Whether the text is run through the model block by block."""
+    return "kv_cache" in changed or _calibrates(method, rounding, scheme, changed)
 
 
 def default_format(method: Method, scheme: Scheme, options: dict[str, Any]) -> Format | None:

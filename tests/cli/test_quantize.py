@@ -87,6 +87,7 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--max-ppl-increase", "1%"], {"max_ppl_increase": 0.01, "scheme": "mixed"}),
     (["--ignore", "lm_head", "--ignore", "*.o_proj"], {"ignore": ["lm_head", "*.o_proj"]}),
     (["--method", "auto-gptq"], {"method": "gptq"}),
+    (["--offload", "disk"], {"offload": "disk"}),
     (["--routed-experts"], {"calibrate_all_experts": False}),
     (["--method", "qat", "--learning-rate", "0.01"], {"learning_rate": 0.01}),
     (["--method", "rotate", "--scheme", "W16A16", "--seed", "7"], {"seed": 7, "format": None}),

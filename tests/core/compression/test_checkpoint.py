@@ -29,7 +29,7 @@ def test_finished_blocks_come_back(tmp_path: Path) -> None:
         assert checkpoint.finished == 3
         assert [r.name for r in checkpoint.rows] == ["layer0", "layer1", "layer2"]
         assert torch.equal(checkpoint.tensor("layer1.x"), torch.arange(4))
-        hidden = checkpoint.hidden()
+        hidden = list(checkpoint.hidden())
         assert [tuple(part.shape) for part in hidden] == [(2, 3), (1, 3)]
         assert float(hidden[0].mean()) == 2.0, "only the newest is kept"
         assert len(list(checkpoint.folder.glob("hidden-*"))) == 2
@@ -119,3 +119,14 @@ def test_discarding_asks_for_replace(tmp_path: Path) -> None:
             "identity.json",
             "lock",
         ]
+
+
+def test_staging_clears_what_a_kill_left(tmp_path: Path) -> None:
+    with open_checkpoint(
+        tmp_path / "out", IDENTITY, LayerError, resume=False, replace=False
+    ) as checkpoint:
+        (checkpoint.folder / "artifact-new").mkdir()
+        (checkpoint.folder / ".artifact-new.lock").touch()
+        assert not checkpoint.staging().exists()
+        assert not list(checkpoint.folder.glob("*artifact*"))
+        checkpoint.discard()

@@ -34,6 +34,7 @@ OPT = {**BASE, "ffn_dim": 64, "word_embed_proj_dim": 32}
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**GATED),
     "llama-mha": lambda: LlamaConfig(**(GATED | {"num_key_value_heads": 4})),
+    "llama-mqa": lambda: LlamaConfig(**(GATED | {"num_key_value_heads": 1}), attention_bias=True),
     "llama-bias": lambda: LlamaConfig(
         **(GATED | {"num_key_value_heads": 4}), attention_bias=True, mlp_bias=True
     ),
@@ -49,16 +50,19 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 QKV = "input_layernorm > q_proj k_proj v_proj"
 FC = "final_layer_norm > fc1"
 PAIRS = {
-    "llama": [QKV, "post_attention_layernorm > gate_proj up_proj", "up_proj > down_proj"],
-    "llama-mha": [
+    "llama": [
         QKV,
         "v_proj > o_proj",
         "post_attention_layernorm > gate_proj up_proj",
         "up_proj > down_proj",
     ],
-    "qwen3": [QKV, "post_attention_layernorm > gate_proj up_proj", "up_proj > down_proj"],
     "phi3": ["input_layernorm > qkv_proj", "post_attention_layernorm > gate_up_proj"],
-    "gemma3": [QKV, "pre_feedforward_layernorm > gate_proj up_proj", "up_proj > down_proj"],
+    "gemma3": [
+        QKV,
+        "v_proj > o_proj",
+        "pre_feedforward_layernorm > gate_proj up_proj",
+        "up_proj > down_proj",
+    ],
     # A ReLU lets positive factors through.
     "opt": ["self_attn_layer_norm > q_proj k_proj v_proj", "v_proj > out_proj", FC, "fc1 > fc2"],
     "opt-gelu": ["self_attn_layer_norm > q_proj k_proj v_proj", "v_proj > out_proj", FC],
@@ -69,7 +73,9 @@ PAIRS = {
         "post_attention_layernorm > dense_h_to_4h",
     ],
 }
-PAIRS["llama-bias"] = PAIRS["llama-mha"]
+PAIRS |= dict.fromkeys(("llama-mha", "llama-bias", "llama-mqa", "qwen3"), PAIRS["llama"])
+REPEATS = {"llama": 2, "llama-mqa": 4, "qwen3": 2, "gemma3": 2}
+"""How many queries read one value."""
 
 MakeWalk = Callable[..., Walk]
 
@@ -101,6 +107,10 @@ def leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def source_channels(walk: Walk, pair: Pair) -> int:
+    return walk.layer(pair.layers[0]).in_features // pair.repeat
+
+
 def shown(pairs: list[Pair]) -> list[str]:
     return [f"{leaf(p.source)} > {' '.join(leaf(layer) for layer in p.layers)}" for p in pairs]
 
@@ -114,6 +124,10 @@ def test_the_pairs_of_a_family(make_walk: MakeWalk, family: str, dtype: torch.dt
     assert shown(pairs) == PAIRS[family]
     kinds = {p.kind for p in pairs if "norm" in leaf(p.source)}
     assert kinds <= {"norm"} and all(p.kind == "linear" for p in pairs if "proj" in p.source)
+    for pair in pairs:
+        grouped = leaf(pair.source) == "v_proj" and family in REPEATS
+        expected = (REPEATS[family], 8) if grouped else (1, None)
+        assert (pair.repeat, pair.width) == expected
     assert torch.equal(walk.run_probe(), before), "finding leaves no trace"
 
 
@@ -125,8 +139,7 @@ def test_scaling_preserves_the_function(make_walk: MakeWalk, family: str) -> Non
     changed: set[str] = set()
     generator = torch.Generator().manual_seed(2)
     for pair in find_pairs(walk, 0, targets_of(walk)):
-        columns = walk.layer(pair.layers[0]).in_features
-        scales = torch.exp(torch.randn(columns, generator=generator))
+        scales = torch.exp(torch.randn(source_channels(walk, pair), generator=generator))
         names = scale_pair(walk, pair, scales)
         assert {f"{n}.weight" for n in (pair.source, *pair.layers)} <= set(names)
         changed.update(names)
@@ -141,7 +154,21 @@ def test_a_wrong_candidate_is_refused(make_walk: MakeWalk) -> None:
     """gate has the shapes of up, but a SiLU is between it and down."""
     walk = make_walk("llama")
     pairs = find_pairs(walk, 0, targets_of(walk, "*.up_proj"))
-    assert shown(pairs) == [QKV], "nor may the norm be scaled, since up reads it too"
+    assert shown(pairs) == PAIRS["llama"][:2], "nor may the norm be scaled: up reads it too"
+
+
+def test_keys_are_no_values(make_walk: MakeWalk) -> None:
+    """k has the shape of v, and reaches o by way of the softmax."""
+    walk = make_walk("llama")
+    pairs = find_pairs(walk, 0, targets_of(walk, "*.v_proj", "*.mlp.*"))
+    assert shown(pairs) == []
+
+
+def test_the_channels_of_grouped_queries() -> None:
+    """Two heads of values, three channels each, each read by two heads of queries."""
+    pair = Pair("v", ("o",), "linear", repeat=2, width=3)
+    assert pair.channels(12).tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
+    assert Pair("norm", ("q",), "norm").channels(4).tolist() == [0, 1, 2, 3]
 
 
 def test_a_layer_that_is_left_alone_keeps_its_norm(make_walk: MakeWalk) -> None:
@@ -162,11 +189,10 @@ def test_a_norm_before_a_router_is_left_alone(make_walk: MakeWalk) -> None:
     assert sum("experts" in t.name for t in targets) == 12, "what this is about"
     expected = walk.run_probe()
     pairs = find_pairs(walk, 0, targets)
-    assert shown(pairs) == [QKV] + ["up_proj > down_proj"] * 4
-    assert len({pair.source for pair in pairs}) == 5
+    assert shown(pairs) == [QKV, "v_proj > o_proj"] + ["up_proj > down_proj"] * 4
+    assert len({pair.source for pair in pairs}) == 6
     for pair in pairs:
-        columns = walk.layer(pair.layers[0]).in_features
-        scale_pair(walk, pair, torch.linspace(0.5, 3.0, columns))
+        scale_pair(walk, pair, torch.linspace(0.5, 3.0, source_channels(walk, pair)))
     assert float((walk.run_probe() - expected).norm() / expected.norm()) < 1e-5
 
 

@@ -161,21 +161,22 @@ CHANGED: dict[str, Any] = {
     "group_size": 32,
     "grid": "minmax",
     "symmetric": False,
+    "offload": "disk",
 }
 _GRIDDED = {"group_size", "grid", "symmetric"}
 _GPTQ = {"act_order", "damp_percent", "true_sequential", "gptaq"}
 READ: dict[str, set[str]] = {
     "rtn": _GRIDDED,
-    "gptq": _GRIDDED | _GPTQ,
+    "gptq": _GRIDDED | _GPTQ | {"offload"},
     # A range that is searched by the error of the outputs is of no given kind.
-    "awq": (_GRIDDED - {"grid"}) | {"clip", "rounding"},
-    "smoothquant": {"grid", "alpha", "rounding"},
+    "awq": (_GRIDDED - {"grid"}) | {"clip", "rounding", "offload"},
+    "smoothquant": {"grid", "alpha", "rounding", "offload"},
     "llm-int8": {"grid", "threshold"},
     "nf4": {"double_quant"},
     "fp8": {"fp8"},
-    "autoround": _GRIDDED | {"iterations"},
-    "rotate": _GRIDDED | _GPTQ | {"rounding"},
-    "qat": _GRIDDED | {"steps", "learning_rate"},
+    "autoround": _GRIDDED | {"iterations", "offload"},
+    "rotate": _GRIDDED | _GPTQ | {"rounding", "offload"},
+    "qat": _GRIDDED | {"steps", "learning_rate", "offload"},
 }
 """What each method reads with all else at its default."""
 
@@ -207,6 +208,7 @@ def test_an_option_is_read_or_refused_by_name(method: Method, option: str) -> No
         {"method": "smoothquant", "scheme": "W16A16", "alpha": 0.5},
         {"target_bits": 3.5, "mixed_bits": (3, 4)},
         {"method": "fp8", "fp8": "static", "calibrate_all_experts": False},
+        {"method": "rtn", "kv_cache": "int8", "offload": "disk"},
     ],
     ids=str,
 )
@@ -230,6 +232,7 @@ def test_what_is_read_after_another_choice_is_taken(values: dict[str, Any]) -> N
         ({"mixed_bits": (3, 4)}, "mixed_bits"),
         ({"scheme": "W8A8-int8", "group_size": 32}, "group_size"),
         ({"method": "llm-int8", "group_size": 64}, "group_size"),
+        ({"method": "rotate", "scheme": "W16A16", "offload": "disk"}, "offload"),
         ({"method": "rtn", "calibrate_all_experts": False}, "calibrate_all_experts"),
         ({"method": "nf4", "calibrate_all_experts": False}, "calibrate_all_experts"),
         ({"method": "fp8", "calibrate_all_experts": False}, "calibrate_all_experts"),
