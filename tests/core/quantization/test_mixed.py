@@ -12,11 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from infopt.core.artifact.quantized import linear_weight
 from infopt.core.artifact.read import Artifact, read_artifact
+from infopt.core.compression import quality
 from infopt.core.errors import GateError, ResumeError
 from infopt.core.formats.number import QuantizedWeight
 from infopt.core.models.hf import load_transformers
 from infopt.core.progress import Progress
-from infopt.core.quantization import mixed, quality
+from infopt.core.quantization import mixed
 from infopt.core.quantization.quantize import quantize
 from infopt.core.recipe.quantize import QuantizeSettings
 from infopt.core.reports.quantize import QuantizeReport

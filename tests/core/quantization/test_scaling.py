@@ -175,3 +175,20 @@ def test_a_group_that_no_token_reached_is_left_alone(
 )
 def test_whose_ranges_are_searched(values: dict[str, Any], expected: bool) -> None:
     assert clips(QuantizeSettings.model_validate(values)) is expected
+
+
+@pytest.mark.parametrize(("method", "scaled_values"), [("smoothquant", True), ("awq", False)])
+def test_values_of_grouped_queries_are_smoothed_and_awq_leaves_them(
+    make_llama: MakeLlama, calibration_file: Path, method: str, scaled_values: bool
+) -> None:
+    walk, job = standing(make_llama(), settings(calibration_file, method=method))
+    attention = f"{walk.names[0]}.self_attn"
+    values, output = (walk.layer(f"{attention}.{leaf}_proj") for leaf in "vo")
+    assert output.in_features == 2 * values.out_features, "what this is about"
+    before = output.weight.detach().clone()
+    scaled(walk, job)
+    assert torch.equal(output.weight, before) != scaled_values
+    if scaled_values:
+        factors = (output.weight / before).median(dim=0).values.reshape(-1, 2, 16)
+        assert torch.allclose(factors[:, 0], factors[:, 1]), "the heads of a group share them"
+        assert float(factors.std()) > 0
