@@ -107,7 +107,7 @@ def quantize(
         typer.Option(
             "--rounding",
             help="How weights are rounded after awq, smoothquant or rotate.",
-            show_default="rtn; rotate: gptq",
+            show_default="gptq; awq: rtn",
         ),
     ] = None,
     act_order: Annotated[
@@ -152,7 +152,7 @@ def quantize(
         str | None,
         typer.Option(
             "--alpha",
-            help="SmoothQuant: how much of the activations' range moves into weights, or search.",
+            help="SmoothQuant: how much of the inputs' range moves into weights, or search.",
             show_default="search",
         ),
     ] = None,

@@ -51,7 +51,7 @@ class QuantizeSettings(Settings):
     grid: Literal["mse", "minmax"] = "mse"
     """The range of each group: the one that rounds with the least squared error, or the whole."""
     rounding: Rounding | None = None
-    """How weights are rounded after awq, smoothquant (default rtn) or rotate (default gptq)."""
+    """How weights are rounded after awq (default rtn), smoothquant or rotate (default gptq)."""
     act_order: bool = True
     """Quantize the columns of largest Hessian diagonal first, with static groups (gptq only)."""
     damp_percent: float = Field(default=0.01, gt=0, lt=1)
@@ -63,7 +63,8 @@ class QuantizeSettings(Settings):
     clip: bool = True
     """Search the range of each group by the error of the outputs (awq only)."""
     alpha: Annotated[float | Literal["search"], BeforeValidator(_alpha)] = "search"
-    """How much of the activations' range moves into the weights, 0 to 1 (smoothquant only)."""
+    """How much of the activations' range moves into the weights, 0 to 1, or `search`: the scales
+    of least error, each for itself (smoothquant only)."""
     threshold: float = Field(default=6.0, gt=0)
     """Inputs from this magnitude on stay in 16 bits (llm-int8 only)."""
     double_quant: bool = True

@@ -65,7 +65,7 @@ ROUNDING_OF: dict[Method, str] = {
     "rtn": "rtn",
     "gptq": "gptq",
     "awq": "rtn",
-    "smoothquant": "rtn",
+    "smoothquant": "gptq",
     "llm-int8": "rtn",
     "nf4": "nf4",
     "fp8": "fp8",

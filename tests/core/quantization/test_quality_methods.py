@@ -26,7 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rtn3": {"method": "rtn", "bits": 3, "group_size": 64},
     "awq3": {"method": "awq", "bits": 3, "group_size": 64, "symmetric": True},
     "w8a8": {"method": "rtn", "scheme": "W8A8-int8"},
-    "smoothquant": {"method": "smoothquant"},
+    **{f"smoothquant-{seed}": {"method": "smoothquant", "seed": seed} for seed in (0, 1, 2)},
     "llm-int8": {"method": "llm-int8", "threshold": 1.0},
     "mixed": {
         "method": "rtn",
@@ -79,12 +79,12 @@ def test_awq_loses_less_than_rounding(quality: Measure, bits: int) -> None:
     assert awq.kl < rtn.kl and awq.increase < rtn.increase
 
 
-def test_smoothing_takes_most_of_what_rounded_inputs_cost(quality: Measure) -> None:
-    """Its perplexity is 0.8 to 1.6% off with little text (docs/results): noise of that size in the
-    text's choice allows no bound of 1% here."""
-    smooth, plain = quality("smoothquant"), quality("w8a8")
-    assert smooth.kl < plain.kl / 2
-    assert smooth.increase < plain.increase
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_smoothing_takes_most_of_what_rounded_inputs_cost(quality: Measure, seed: int) -> None:
+    """Whatever the text: measured 0.77 to 0.90%, and a fifth of the KL (docs/results)."""
+    smooth, plain = quality(f"smoothquant-{seed}"), quality("w8a8")
+    assert smooth.kl < plain.kl / 4
+    assert smooth.increase <= 0.01
 
 
 def test_outliers_left_in_16_bits_are_what_8_bits_cost(quality: Measure) -> None:
