@@ -79,6 +79,6 @@ def test_what_is_drawn_is_a_share_and_repeatable() -> None:
 
 def test_a_model_that_the_runtime_does_not_know_is_refused(make_llama: MakeLlama) -> None:
     artifact = make_llama()
-    artifact.config["architectures"] = ["OPTForCausalLM"]
-    with pytest.raises(UnsupportedError, match="OPTForCausalLM"):
+    artifact.config["architectures"] = ["BloomForCausalLM"]
+    with pytest.raises(UnsupportedError, match="BloomForCausalLM"):
         written(artifact, 1.0)

@@ -13,9 +13,9 @@ from torch import Tensor
 from infopt.core.artifact.quantized import is_quantized, linear_weight
 from infopt.core.artifact.read import Artifact, read_artifact
 from infopt.core.artifact.write import verify_manifest
+from infopt.core.compression import factor
 from infopt.core.errors import NumericsError, UnsupportedError, UsageError
 from infopt.core.models.hf import load_transformers
-from infopt.core.quantization import gptq as gptq_module
 from infopt.core.quantization.plan import plan_quantize
 from infopt.core.quantization.quantize import quantize
 from infopt.core.recipe.quantize import QuantizeSettings
@@ -333,7 +333,7 @@ def test_no_cholesky_factor_at_all_means_rounding_and_is_told(
     monkeypatch: pytest.MonkeyPatch,
     case: dict[str, Any],
 ) -> None:
-    monkeypatch.setattr(gptq_module, "_factor", lambda *_: None)
+    monkeypatch.setattr(factor, "_factor", lambda *_: None)
     source = make()
     report = quantize(source, tmp_path / "out", settings(calibration_file, **case))
     told = "rtn: the Hessian has no Cholesky factor"
