@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from infopt.core.models.decoder import StepInputs
+from infopt.core.runtime.request import Request
 from infopt.core.runtime.scheduler import Work
 from infopt.kernels.attention.paged import plan_attention
 
@@ -26,6 +27,14 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Scoring:
+    """Rows of a step that tell how likely the prompt's tokens behind them were."""
+
+    request: Request
+    rows: range
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One step: what the decoder reads, and the rows whose logits are wanted."""
 
@@ -33,6 +42,7 @@ class Batch:
     rows: Tensor | None
     """int64 [R], in the order of `sampling`; None where every row is wanted."""
     sampling: tuple[Work, ...]
+    scoring: tuple[Scoring, ...]
 
 
 def build_batch(
@@ -59,7 +69,20 @@ def build_batch(
         if len(wanted) == ends[-1]
         else torch.tensor(wanted, dtype=torch.int64, device=device),
         sampling=tuple(item for item in ordered if item.samples),
+        scoring=tuple(
+            Scoring(item.request, rows)
+            for item, end in zip(ordered, ends, strict=True)
+            if (rows := _scored_rows(item, end))
+        ),
     )
+
+
+def _scored_rows(item: Work, end: int) -> range:
+    """Rows, of those that end before `end`, whose logits score the request's prompt."""
+    first, wanted = item.request.computed, item.request.unscored
+    start, stop = max(first, wanted.start), min(first + item.tokens, wanted.stop)
+    shift = end - item.tokens - first
+    return range(start + shift, max(start, stop) + shift)
 
 
 def step_inputs(

@@ -1,31 +1,39 @@
 """The engine: requests in, tokens out, one step at a time."""
 
+import functools
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from infopt.core.artifact.read import Artifact, read_json
-from infopt.core.errors import ResourceError, UsageError
+from infopt.core.errors import UsageError
 from infopt.core.hardware.choose import choose_device, choose_dtype
 from infopt.core.models.config import ModelConfig, token_ids
-from infopt.core.models.decoder import Decoder
 from infopt.core.models.load import load_decoder
 from infopt.core.recipe.serve import EngineSettings
 from infopt.core.runtime.batch import Batch, build_batch
 from infopt.core.runtime.beam_group import BeamGroup
 from infopt.core.runtime.block_pool import BlockPool
+from infopt.core.runtime.grammar import Constraint, Grammar, GrammarCompiler
 from infopt.core.runtime.kv_cache import KVCache, blocks_that_fit, cache_dtype
+from infopt.core.runtime.limits import held_sequence, longest_sequence
 from infopt.core.runtime.model_runner import ModelRunner
 from infopt.core.runtime.prefix_cache import PrefixCache
 from infopt.core.runtime.prefix_store import PrefixStore
-from infopt.core.runtime.request import FinishReason, Request, SamplingParams, StepOutput
-from infopt.core.runtime.sampler import Choice, sample
+from infopt.core.runtime.request import (
+    FinishReason,
+    Request,
+    SamplingParams,
+    StepOutput,
+)
+from infopt.core.runtime.sampler import Choice, Draw, sample
 from infopt.core.runtime.scheduler import Rules, Scheduler
+from infopt.core.runtime.scoring import score
 from infopt.core.runtime.stats import EngineStats, Meter
-from infopt.core.runtime.step_memory import computed_step_bytes, measured_step_bytes
+from infopt.core.runtime.step_memory import step_bytes
 
 # While a batch gathers, a step returns this often, so that aborts and new requests are heeded.
 _NAP_S = 0.002
@@ -41,10 +49,12 @@ class Engine:
         settings: EngineSettings,
         max_model_len: int,
         eos_token_ids: frozenset[int],
+        grammars: Callable[[], GrammarCompiler] | None = None,
     ) -> None:
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
         self._runner = runner
+        self._grammars = grammars
         self._pool = BlockPool(runner.cache.blocks)
         self._prefix = (
             PrefixCache(self._pool, runner.cache.block_size, runner.store)
@@ -72,7 +82,7 @@ class Engine:
         `max_model_len` beyond the model's, ResourceError where memory or cache do not suffice.
         """
         config = ModelConfig.from_hf(artifact.config)
-        limit = _longest(config, settings)
+        limit = longest_sequence(config, settings)
         name = choose_device(settings.device)
         device, dtype = torch.device(name), getattr(torch, choose_dtype(settings.dtype, name))
         decoder = load_decoder(artifact, dtype, device, deterministic=settings.deterministic)
@@ -83,32 +93,39 @@ class Engine:
             dtype=kept,
             device=device,
             enough=settings.max_running * -(-limit // settings.block_size),
-            step_bytes=_step_bytes(decoder, settings, kept),
+            step_bytes=step_bytes(decoder, settings, kept),
         )
         cache = KVCache(
             config, blocks=blocks, block_size=settings.block_size, dtype=kept, device=device
         )
         store = PrefixStore(settings.prefix_host_bytes) if settings.prefix_host_bytes else None
+        ends = read_eos_token_ids(artifact)
+
+        @functools.cache
+        def grammars() -> GrammarCompiler:
+            return GrammarCompiler(artifact.tokenizer(), config.vocab_size, ends)
+
         return cls(
             ModelRunner(decoder, cache, store),
             settings=settings,
-            max_model_len=_held(limit, blocks * settings.block_size, settings),
-            eos_token_ids=read_eos_token_ids(artifact),
+            max_model_len=held_sequence(limit, blocks * settings.block_size, settings),
+            eos_token_ids=ends,
+            grammars=grammars,
         )
 
     def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> None:
         """Queue a request.
 
         Raises UsageError for a prompt that is empty, has tokens the model does not know, or with
-        its `max_tokens` is longer than `max_model_len`, and for an id that is in use.
+        its `max_tokens` is longer than `max_model_len`, for a grammar that is none, and for an id
+        that is in use; UnsupportedError where grammars do not work.
         """
-        vocabulary = self._runner.decoder.config.vocab_size
         if request_id in self._requests:
             raise UsageError(f"there is a request {request_id!r} already")
         if not prompt:
             raise UsageError("the prompt is empty")
-        if not all(0 <= token < vocabulary for token in prompt):
-            raise UsageError(f"the prompt has a token that is not among the model's {vocabulary}")
+        self._check_tokens("the prompt has a token", prompt)
+        self._check_tokens("logit_bias has a token", [token for token, _ in params.logit_bias])
         max_length = self._max_length(len(prompt), params.max_tokens)
         drawn = self._seeds.getrandbits(63)
         request = Request(
@@ -117,6 +134,8 @@ class Engine:
             tokens=list(prompt),
             max_length=max_length,
             generator=torch.Generator().manual_seed(drawn if params.seed is None else params.seed),
+            prompt_length=len(prompt),
+            constraint=self._constraint(params.grammar),
             forks=0 if params.beam_width > 1 else params.n - 1,
         )
         if params.beam_width > 1:
@@ -154,17 +173,18 @@ class Engine:
             step.work, block_size=cache.block_size, dtype=decoder.dtype, device=decoder.device
         )
         built = time.perf_counter()
-        logits = self._runner.run(batch.inputs, batch.rows)
+        hidden = self._runner.forward(batch.inputs)
+        logits = self._runner.logits(hidden, batch.rows)
         ran = time.perf_counter()
         self._scheduler.advance(step)
-        sampling = [item.request for item in batch.sampling]
+        outputs += self._score(batch, hidden)
         outputs += self._extend_beams(batch, logits)
-        requests, rows = self._answers(sampling)
-        if rows != list(range(len(sampling))):
+        requests, rows = self._answers(batch)
+        if rows != list(range(len(logits))):
             logits = logits[torch.tensor(rows, dtype=torch.int64, device=logits.device)]
-        choices = sample(logits, [r.params for r in requests], [r.generator for r in requests])
+        choices = sample(logits, [self._draw(request) for request in requests])
         for request, choice, row in zip(requests, choices, rows, strict=True):
-            fault = self._fault(batch, row) if choice.token_id is None else ""
+            fault = self._unsampled(batch, row) if choice.token_id is None else ""
             outputs.append(self._take(request, choice, fault))
         tokens = sum(item.tokens for item in step.work)
         self._meter.count(tokens, (began, scheduled, built, ran, time.perf_counter()))
@@ -200,7 +220,44 @@ class Engine:
         """Assert that every block is free or owned as often as it stands in tables; for tests."""
         self._pool.check(request.blocks for group in self._requests.values() for request in group)
 
-    def _answers(self, sampling: list[Request]) -> tuple[list[Request], list[int]]:
+    def _check_tokens(self, what: str, tokens: Sequence[int]) -> None:
+        vocabulary = self._runner.decoder.config.vocab_size
+        if not all(0 <= token < vocabulary for token in tokens):
+            raise UsageError(f"{what} that is not among the model's {vocabulary}")
+
+    def _constraint(self, grammar: Grammar | None) -> Constraint | None:
+        if grammar is None:
+            return None
+        if self._grammars is None:
+            raise UsageError("this engine has no tokenizer, which a grammar needs")
+        return self._grammars().compile(grammar)
+
+    def _score(self, batch: Batch, hidden: Tensor) -> list[StepOutput]:
+        """Note how likely the tokens of prompts were; a prompt without finite logits is over."""
+        outputs: list[StepOutput] = []
+        for scoring in batch.scoring:
+            request = scoring.request
+            if (place := score(request, hidden, scoring.rows, self._runner.logits)) is not None:
+                fault = self._fault(batch, place, len(request.prompt_logprobs) + 1)
+                outputs += self._end_all(request.request_id, "error", fault)
+        return outputs
+
+    def _draw(self, request: Request) -> Draw:
+        """How the request's next token is to be chosen."""
+        params, length = request.params, request.prompt_length
+        answer = request.tokens[length:]
+        early = len(answer) < params.min_tokens
+        ends = frozenset(params.stop_token_ids) | self.eos_token_ids if early else frozenset()
+        return Draw(
+            params,
+            request.generator,
+            request.tokens[:length],
+            answer,
+            None if request.constraint is None else request.constraint.allowed(),
+            ends,
+        )
+
+    def _answers(self, batch: Batch) -> tuple[list[Request], list[int]]:
         """Who chooses a token now, and from which row of the logits.
 
         A prompt that is computed and is to have several answers is forked into them here: they all
@@ -208,8 +265,8 @@ class Engine:
         """
         requests: list[Request] = []
         rows: list[int] = []
-        for row, request in enumerate(sampling):
-            if request.params.beam_width > 1:
+        for row, request in enumerate(item.request for item in batch.sampling):
+            if request.params.beam_width > 1 or request.request_id not in self._requests:
                 continue
             answers = [request]
             for index in range(1, request.forks + 1):
@@ -229,7 +286,7 @@ class Engine:
             if group is None:
                 continue
             if not group.hold(request, logits[row]):
-                outputs += self._end_all(name, "error", self._fault(batch, row))
+                outputs += self._end_all(name, "error", self._unsampled(batch, row))
             elif group.is_ready:
                 born, gone = group.advance(self._scheduler)
                 self._requests[name] += born
@@ -255,11 +312,14 @@ class Engine:
             self._finish(request)
         return [StepOutput(name, finish_reason=reason, error=error, index=i) for i in indices]
 
-    def _fault(self, batch: Batch, row: int) -> str:
+    def _unsampled(self, batch: Batch, row: int) -> str:
         """What is wrong with the logits of the batch's sampled `row`."""
         place = row if batch.rows is None else int(batch.rows[row])
+        return self._fault(batch, place, len(batch.sampling[row].request.tokens))
+
+    def _fault(self, batch: Batch, place: int, length: int) -> str:
+        """What is wrong with the logits of the step's row `place`, after a request's `length`."""
         layer = self._runner.first_fault(batch.inputs, place)
-        length = len(batch.sampling[row].request.tokens)
         return f"the logits after token {length} are not finite: {layer} is the first that is not"
 
     def _take(self, request: Request, choice: Choice, fault: str) -> StepOutput:
@@ -275,11 +335,26 @@ class Engine:
             return StepOutput(name, finish_reason="stop", index=index)
         request.tokens.append(token)
         reason: FinishReason | None = None
-        if len(request.tokens) == request.max_length:
+        if request.constraint is not None and not request.constraint.accept(token):
             self._finish(request)
+            error = f"the grammar gave up on the answer at token {len(request.tokens)}"
+            return StepOutput(name, finish_reason="error", error=error, index=index)
+        if request.constraint is not None and request.constraint.is_over:
+            reason = "stop"
+        elif len(request.tokens) == request.max_length:
             reason = "length"
-        logprobs = None if choice.logprob is None else (choice.logprob,)
-        return StepOutput(name, (token,), reason, logprobs=logprobs, index=index)
+        if reason is not None:
+            self._finish(request)
+        first = len(request.tokens) == request.prompt_length + 1
+        scored = request.params.prompt_logprobs is not None
+        return StepOutput(
+            name,
+            (token,),
+            reason,
+            logprobs=None if choice.logprob is None else (choice.logprob,),
+            index=index,
+            prompt_logprobs=tuple(request.prompt_logprobs) if first and scored else None,
+        )
 
     def _stops(self, params: SamplingParams, token: int) -> bool:
         ends = not params.ignore_eos and token in self.eos_token_ids
@@ -303,16 +378,6 @@ class Engine:
         return length
 
 
-def _step_bytes(decoder: Decoder, settings: EngineSettings, cached: torch.dtype) -> int:
-    """What the largest step takes: measured on a GPU, computed on a CPU, where a step is slow."""
-    tokens, rows = settings.max_batch_tokens, settings.max_running
-    if decoder.device.type == "cuda":
-        return measured_step_bytes(
-            decoder, tokens=tokens, rows=rows, block_size=settings.block_size, cached=cached
-        )
-    return computed_step_bytes(decoder.config, tokens=tokens, rows=rows, dtype=decoder.dtype)
-
-
 def _rules(settings: EngineSettings, blocks: int, window: int | None) -> Rules:
     return Rules(
         max_batch_tokens=settings.max_batch_tokens,
@@ -330,25 +395,3 @@ def read_eos_token_ids(artifact: Artifact) -> frozenset[int]:
     file = artifact.path / "generation_config.json"
     found = token_ids(read_json(file).get("eos_token_id")) if file.exists() else ()
     return frozenset(found or token_ids(artifact.config.get("eos_token_id")))
-
-
-def _longest(config: ModelConfig, settings: EngineSettings) -> int:
-    """The longest sequence asked for, else the longest that the model knows."""
-    asked = settings.max_model_len
-    if asked is None:
-        return config.full_attention_positions
-    if asked > config.max_positions:
-        raise UsageError(
-            f"max_model_len {asked} is beyond the {config.max_positions} positions of the model"
-        )
-    return asked
-
-
-def _held(limit: int, slots: int, settings: EngineSettings) -> int:
-    """`limit`, or what the cache holds where no limit was asked for."""
-    if settings.max_model_len is not None and slots < limit:
-        raise ResourceError(
-            f"a sequence of {limit} tokens does not fit into the KV cache of {slots}",
-            "lower --max-model-len or raise --kv-blocks",
-        )
-    return min(limit, slots)

@@ -27,6 +27,8 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None = None
     index: int = 0
     """Which of the answers to its prompt, where `n` were asked for."""
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """Of the prompt's second token and those after it."""
 
 
 _Key = tuple[str, int]
@@ -41,9 +43,11 @@ class _Answer:
     text: str = ""
     reason: FinishReason | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
     def take(self, output: StepOutput) -> None:
         self.tokens += output.token_ids
+        self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
         self.logprobs += output.logprobs or ()
         self.text += self.detokenizer.push(output.token_ids)
         self.reason = output.finish_reason
@@ -101,7 +105,9 @@ class LLM:
                 name = next(self._ids)
                 self.engine.add(name, prompt, params)
                 for index in range(params.n):
-                    detokenizer = Detokenizer(self.tokenizer, stop=params.stop)
+                    detokenizer = Detokenizer(
+                        self.tokenizer, stop=params.stop, min_tokens=params.min_tokens
+                    )
                     answers[name, index] = _Answer(detokenizer, tuple(prompt))
         except Exception:
             self._abort(answers)
@@ -134,4 +140,5 @@ def _completion(answer: _Answer, index: int, params: SamplingParams) -> Completi
         finish_reason=answer.reason,
         logprobs=None if params.logprobs is None else tuple(answer.logprobs),
         index=index,
+        prompt_logprobs=answer.prompt_logprobs,
     )

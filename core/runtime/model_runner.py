@@ -35,10 +35,17 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, inputs: StepInputs, rows: Tensor | None = None) -> Tensor:
         """Logits [R, vocabulary] of the step's tokens at `rows` [R]; of all where it is None."""
-        hidden = self.decoder(inputs, self.cache.layers)
-        if rows is not None:
-            hidden = hidden.index_select(0, rows)
-        return self.decoder.logits(hidden)
+        return self.logits(self.forward(inputs), rows)
+
+    @torch.inference_mode()
+    def forward(self, inputs: StepInputs) -> Tensor:
+        """Hidden states [T, hidden] of the step's tokens, as the head wants them."""
+        return self.decoder(inputs, self.cache.layers)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Logits [R, vocabulary] of the hidden states at `rows` [R]; of all where it is None."""
+        return self.decoder.logits(hidden if rows is None else hidden.index_select(0, rows))
 
     @torch.inference_mode()
     def first_fault(self, inputs: StepInputs, row: int) -> str:

@@ -48,9 +48,10 @@ class PrefixCache:
         """The blocks of the longest known prefix; None stands for one that the second tier holds.
 
         At least the last token is left to compute, since its logits are wanted: where every token
-        is known, the last block is not taken, so that nobody writes into a block of others.
+        is known, the last block is not taken, so that nobody writes into a block of others. The
+        logits of a prompt that is to be scored are wanted from its beginning.
         """
-        limit = (len(request.tokens) - 1) // self._block_size
+        limit = request.reusable // self._block_size
         found: list[int | None] = []
         for index in range(limit):
             extend_digests(request.digests, request, self._block_size, index + 1)

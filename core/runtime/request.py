@@ -7,10 +7,12 @@ from typing import Literal
 import torch
 
 from infopt.core.errors import UsageError
+from infopt.core.runtime.grammar import Constraint, Grammar
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
+MAX_BIAS = 100.0
 _READ_BY_BEAMS = {
     *("max_tokens", "temperature", "stop_token_ids", "ignore_eos", "n", "priority", "cache_salt"),
     *("beam_width", "length_penalty", "early_stopping"),
@@ -32,12 +34,29 @@ class SamplingParams:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    """Only tokens at least this likely, as a share of the likeliest (arXiv 2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Divide the logit of each token seen in prompt or answer by this if it is above 0, else
+    multiply it (CTRL, arXiv 1909.05858)."""
+    presence_penalty: float = 0.0
+    """Take this from the logit of each token of the answer so far."""
+    frequency_penalty: float = 0.0
+    """Take this from the logit of each token once for every time it is in the answer so far."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what to add to its logit), from -100 (next to never) to 100 (next to always)."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    """Nothing ends the answer before it has this many tokens."""
+    grammar: Grammar | None = None
+    """What the whole answer has to match; it ends where nothing can follow."""
     logprobs: int | None = None
     """Also give each token's log probability, and those of this many most likely tokens."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens but the first, which are then all computed."""
     n: int = 1
     """Answers to draw from one prompt: the first as if it were alone, each next with `seed` + 1."""
     priority: int = 0
@@ -61,17 +80,41 @@ class SamplingParams:
             raise UsageError(f"top_k must be 0 (no limit) or more (got {self.top_k})")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p must be above 0 and at most 1 (got {self.top_p})")
+        if not 0 <= self.min_p <= 1:
+            raise UsageError(f"min_p must be from 0 to 1 (got {self.min_p})")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise UsageError(f"seed must be from 0 to 2**63 - 1 (got {self.seed})")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise UsageError(f"logprobs must be from 0 to {MAX_LOGPROBS} (got {self.logprobs})")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None and not 0 <= count <= MAX_LOGPROBS:
+                raise UsageError(f"{name} must be from 0 to {MAX_LOGPROBS} (got {count})")
         if not 1 <= self.n <= MAX_SAMPLES:
             raise UsageError(f"n must be from 1 to {MAX_SAMPLES} (got {self.n})")
         if not -(2**31) <= self.priority < 2**31:
             raise UsageError(f"priority must be a 32-bit number (got {self.priority})")
         if isinstance(self.stop, str) or "" in self.stop:
             raise UsageError("stop must be a tuple of strings that are not empty")
+        self._check_logits()
         self._check_beams()
+
+    def _check_logits(self) -> None:
+        """Raise UsageError for what would not change the logits as it should."""
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise UsageError(f"repetition_penalty must be above 0 (got {self.repetition_penalty})")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            if not -2 <= value <= 2:
+                raise UsageError(f"{name} must be from -2 to 2 (got {value})")
+        for token, bias in self.logit_bias:
+            if not -MAX_BIAS <= bias <= MAX_BIAS:
+                limits = f"from -{MAX_BIAS:g} to {MAX_BIAS:g}"
+                raise UsageError(f"logit_bias must be {limits} (got {bias} for {token})")
+        longest = math.inf if self.max_tokens is None else self.max_tokens
+        if not 0 <= self.min_tokens <= longest:
+            raise UsageError(f"min_tokens must be from 0 to max_tokens (got {self.min_tokens})")
+        if self.grammar is not None and (self.ignore_eos or self.min_tokens):
+            name = "ignore_eos" if self.ignore_eos else "min_tokens"
+            raise UsageError(f"{name} contradicts a grammar, which says where the answer ends")
 
     def _check_beams(self) -> None:
         """Raise UsageError for what a search with beams, or one without, would not read."""
@@ -121,6 +164,8 @@ class StepOutput:
     logprobs: tuple[TokenLogprob, ...] | None = None
     index: int = 0
     """Which of the request's answers, where it asked for several."""
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """With the first token of an answer, if they were asked for."""
 
 
 @dataclass(slots=True, eq=False)
@@ -135,6 +180,12 @@ class Request:
     """The request is over when it has this many tokens."""
     generator: torch.Generator
     """Its own, so that its draws do not depend on the requests beside it."""
+    prompt_length: int = 0
+    """The first tokens, that were given."""
+    constraint: Constraint | None = None
+    """Its place in its grammar."""
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of the prompt's second token and those after it, as far as they are known."""
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
@@ -165,8 +216,23 @@ class Request:
             tokens=list(self.tokens),
             max_length=self.max_length,
             generator=torch.Generator().manual_seed(seed),
+            prompt_length=self.prompt_length,
+            constraint=None if self.constraint is None else self.constraint.copy(),
+            prompt_logprobs=self.prompt_logprobs,
             index=index,
         )
+
+    @property
+    def unscored(self) -> range:
+        """Positions of the prompt whose logits are still wanted for the tokens behind them."""
+        if self.params.prompt_logprobs is None:
+            return range(0)
+        return range(len(self.prompt_logprobs), self.prompt_length - 1)
+
+    @property
+    def reusable(self) -> int:
+        """First tokens that others may have computed: the logits of the rest are wanted."""
+        return self.unscored.start if self.unscored else len(self.tokens) - 1
 
     @property
     def pending(self) -> int:

@@ -1,11 +1,13 @@
 """Choose the next token of each request from its logits."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from infopt.core.runtime.penalties import changes_logits, masked, penalized
 from infopt.core.runtime.request import SamplingParams, TokenLogprob
 
 # The most likely tokens nearly always hold the nucleus, and are far cheaper to find than a sort.
@@ -20,33 +22,55 @@ class Choice:
     logprob: TokenLogprob | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One token to choose: how, from what numbers, after what, and among what."""
+
+    params: SamplingParams
+    generator: torch.Generator
+    prompt: Sequence[int] = ()
+    answer: Sequence[int] = ()
+    """What was chosen so far; prompt and answer are read where the params have penalties."""
+    allowed: Tensor | None = None
+    """bool [vocabulary]."""
+    barred: Collection[int] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the token is chosen from the logits as they are."""
+        return self.allowed is None and not self.barred and not changes_logits(self.params)
+
+
 @torch.inference_mode()
-def sample(
-    logits: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]
-) -> list[Choice]:
+def sample(logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:
     """Choose for each row of logits [R, vocabulary], which no other row has a part in."""
     logits = logits.float()
     # A sum is finite exactly when all its terms are: logits are far from float32's limit.
     finite = torch.isfinite(logits.sum(-1)).tolist()
     best = logits.argmax(-1).tolist()
     return [
-        _choose(logits[row], best[row], params[row], generators[row])
-        if finite[row]
-        else Choice(None)
-        for row in range(len(params))
+        _choose(logits[row], best[row], draw) if finite[row] else Choice(None)
+        for row, draw in enumerate(draws)
     ]
 
 
-def _choose(
-    logits: Tensor, best: int, params: SamplingParams, generator: torch.Generator
-) -> Choice:
-    token = best if params.temperature == 0 else _draw(logits, params, generator)
-    logprob = None if params.logprobs is None else _logprob(logits, token, params.logprobs)
+def _choose(logits: Tensor, best: int, draw: Draw) -> Choice:
+    params, changed = draw.params, logits
+    if not draw.is_plain:
+        if changes_logits(params):
+            changed = penalized(logits, params, draw.prompt, draw.answer)
+        changed = masked(changed, draw.allowed, draw.barred)
+        best = int(changed.argmax())
+    token = best if params.temperature == 0 else _draw(changed, params, draw.generator)
+    if params.logprobs is None:
+        return Choice(token)
+    (logprob,) = token_logprobs(logits[None], [token], params.logprobs)
     return Choice(token, logprob)
 
 
 def _draw(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
-    """Draw from the softmax of logits / temperature, cut to the top k and then to the nucleus p.
+    """Draw from the softmax of logits / temperature, cut to those likely enough beside the best,
+    then to the top k and then to the nucleus p.
 
     One uniform number of the request's own generator is turned into a token by the inverse of the
     cumulative distribution (nucleus: Holtzman et al. 2020, arXiv 1904.09751).
@@ -54,6 +78,8 @@ def _draw(logits: Tensor, params: SamplingParams, generator: torch.Generator) ->
     uniform = torch.rand((), generator=generator, dtype=torch.float64).item()
     # Shifted first, so that a tiny temperature overflows to -inf and not to inf.
     scaled = (logits.double() - logits.max()) / params.temperature
+    if params.min_p > 0:
+        scaled = scaled.masked_fill(scaled < math.log(params.min_p), -torch.inf)
     if params.top_k == 0 and params.top_p == 1:
         return _invert(scaled.softmax(-1), uniform)
     probabilities, tokens = _most_likely(scaled, params)
@@ -85,11 +111,20 @@ def _invert(probabilities: Tensor, uniform: float) -> int:
     cumulative = probabilities.cumsum(-1)
     target = cumulative[-1:] * uniform
     index = torch.searchsorted(cumulative, target, right=True)
-    return min(int(index), len(probabilities) - 1)
+    # Rounding may lead past the end: the last that is possible at all is meant.
+    last = torch.searchsorted(cumulative, cumulative[-1:])
+    return min(int(index), int(last))
 
 
-def _logprob(logits: Tensor, token: int, count: int) -> TokenLogprob:
-    logprobs = logits.log_softmax(-1)
-    values, tokens = logprobs.topk(count)
-    top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
-    return TokenLogprob(token, float(logprobs[token]), top)
+@torch.inference_mode()
+def token_logprobs(logits: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
+    """Of one token for each row of logits [R, vocabulary], and of the `count` most likely."""
+    logprobs = logits.float().log_softmax(-1)
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
+    values, ids = logprobs.topk(count, dim=-1)
+    return [
+        TokenLogprob(token, logprob, tuple(zip(*top, strict=True)))
+        for token, logprob, top in zip(
+            tokens, chosen.tolist(), zip(ids.tolist(), values.tolist(), strict=True), strict=True
+        )
+    ]

@@ -4,15 +4,26 @@ import torch
 
 from infopt.core.models.config import ModelConfig
 from infopt.core.models.decoder import Decoder
+from infopt.core.recipe.serve import EngineSettings
 from infopt.core.runtime.batch import Span, step_inputs
 from infopt.core.runtime.kv_cache import KVCache
 from infopt.core.runtime.model_runner import ModelRunner
 from infopt.core.runtime.request import SamplingParams
-from infopt.core.runtime.sampler import sample
+from infopt.core.runtime.sampler import Draw, sample
 
 # The sampler's copies of all logits in float32, and of one row's in float64, several at a time.
 _ALL_ROWS_BYTES = 2 * 4
 _ONE_ROW_BYTES = 8 * 8
+
+
+def step_bytes(decoder: Decoder, settings: EngineSettings, cached: torch.dtype) -> int:
+    """What the largest step takes: measured on a GPU, computed on a CPU, where a step is slow."""
+    tokens, rows = settings.max_batch_tokens, settings.max_running
+    if decoder.device.type == "cuda":
+        return measured_step_bytes(
+            decoder, tokens=tokens, rows=rows, block_size=settings.block_size, cached=cached
+        )
+    return computed_step_bytes(decoder.config, tokens=tokens, rows=rows, dtype=decoder.dtype)
 
 
 def computed_step_bytes(config: ModelConfig, *, tokens: int, rows: int, dtype: torch.dtype) -> int:
@@ -52,6 +63,7 @@ def measured_step_bytes(
     inputs = step_inputs(spans, block_size=block_size, dtype=decoder.dtype, device=device)
     last = torch.arange(1, rows + 1, device=device) * length - 1
     logits = ModelRunner(decoder, cache).run(inputs, last)
-    sample(logits, [SamplingParams(top_p=0.9)] * rows, [torch.Generator() for _ in range(rows)])
+    params = SamplingParams(top_p=0.9, repetition_penalty=1.1)
+    sample(logits, [Draw(params, torch.Generator(), prompt=(0,)) for _ in range(rows)])
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from infopt.core.errors import InfoptError
+from infopt.core.runtime.request import SamplingParams
 from infopt.core.server.prompts import Prompts
 from infopt.core.server.protocol import (
     COMPLETION_TOKENS,
@@ -22,7 +23,7 @@ from infopt.core.server.protocol import (
     invalid,
 )
 from infopt.core.server.respond import ClientGone, EventStream, error_response, while_connected
-from infopt.core.server.shape import ChatShape, CompletionShape, Shape, Usage, chunks, whole
+from infopt.core.server.shape import ChatShape, CompletionShape, Echo, Shape, Usage, chunks, whole
 from infopt.core.server.stream import Generator, Piece, merged, pieces
 
 HEALTH_SECONDS = 10.0
@@ -65,7 +66,7 @@ class Service:
         }
 
     def answer(
-        self, body: Body, prompts: list[list[int]], room: list[int], logprobs: int | None
+        self, body: Body, prompts: list[list[int]], params: list[SamplingParams]
     ) -> AsyncGenerator[Piece, None]:
         """The merged answers to all prompts; nothing runs before the first piece is asked for."""
         return merged(
@@ -74,12 +75,12 @@ class Service:
                     self.engine,
                     self.prompts.tokenizer,
                     prompt,
-                    body.sampling(tokens, logprobs),
+                    chosen,
                     stop=body.stop,
                     skip_special_tokens=body.skip_special_tokens,
-                    index=index,
+                    first=index * chosen.n,
                 )
-                for index, (prompt, tokens) in enumerate(zip(prompts, room, strict=True))
+                for index, (prompt, chosen) in enumerate(zip(prompts, params, strict=True))
             ]
         )
 
@@ -94,13 +95,14 @@ def create_app(service: Service) -> FastAPI:
         prompts = await service.prompts.of_completion(body)
         asked = body.max_tokens or COMPLETION_TOKENS
         room = [service.prompts.room(prompt, asked, "prompt") for prompt in prompts]
+        params = [body.params(tokens) for tokens in room]
+        echo = None
+        if body.echo:
+            echo = Echo(prompts, await service.prompts.echoes(body, prompts), params[0].n)
         shape = CompletionShape(
-            service.model,
-            service.prompts.tokenizer,
-            body.logprobs is not None,
-            await service.prompts.echoes(body, prompts) if body.echo else None,
+            service.model, service.prompts.tokenizer, body.logprobs is not None, echo
         )
-        answer = service.answer(body, prompts, room, body.logprobs)
+        answer = service.answer(body, prompts, params)
         return await _respond(request, body, answer, shape, prompts)
 
     @app.post("/v1/chat/completions")
@@ -109,9 +111,8 @@ def create_app(service: Service) -> FastAPI:
         prompt = await service.prompts.of_chat(body)
         asked = body.max_completion_tokens or body.max_tokens
         room = service.prompts.room(prompt, asked, "messages")
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
         shape = ChatShape(service.model, service.prompts.tokenizer, bool(body.logprobs))
-        answer = service.answer(body, [prompt], [room], logprobs)
+        answer = service.answer(body, [prompt], [body.params(room)])
         return await _respond(request, body, answer, shape, [prompt])
 
     @app.get("/v1/models")
@@ -145,7 +146,7 @@ async def _respond(
     usage = Usage(sum(map(len, prompts)))
     if body.stream:
         return EventStream(chunks(answer, shape, usage, body.stream_options or StreamOptions()))
-    work = whole(answer, shape, usage, len(prompts))
+    work = whole(answer, shape, usage, len(prompts) * (body.n or 1))
     return JSONResponse(await while_connected(work, request.receive))
 
 

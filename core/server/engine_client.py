@@ -2,13 +2,13 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import suppress
 
 import zmq
 import zmq.asyncio
 
-from infopt.core.errors import EngineError, InfoptError, UsageError
+from infopt.core.errors import EngineError, InfoptError
 from infopt.core.runtime.request import SamplingParams, StepOutput
 from infopt.core.server import messages
 
@@ -36,7 +36,7 @@ class EngineClient:
                         output = messages.output_from_map(values)
                         self._tell(output.request_id, output)
                 case "rejected":
-                    self._tell(message["id"], UsageError(message["message"]))
+                    self._tell(message["id"], messages.error_from_map(message))
                 case "stats":
                     for future in self._asking:
                         if not future.done():
@@ -48,30 +48,38 @@ class EngineClient:
                     self.fail(messages.error_from_map(message))
 
     async def generate(
-        self, prompt: Sequence[int], params: SamplingParams
+        self, prompt: Sequence[int], params: SamplingParams, ended: Collection[int] = ()
     ) -> AsyncGenerator[StepOutput, None]:
         """The outputs of one request; closing the generator early aborts it in the engine.
 
-        Raises UsageError if the engine rejects the request, EngineError if it fails or is gone.
+        Answers that the caller has put into `ended` since the last output are aborted alone. Raises
+        UsageError if the engine rejects the request, EngineError if it fails or is gone.
         """
         self._check()
         name = uuid.uuid4().hex
         queue = self._queues[name] = asyncio.Queue()
-        over = False
+        going = set(range(params.n))
         await self._send("add", id=name, prompt=prompt, params=messages.params_to_map(params))
         try:
-            while not over:
+            while going:
                 event = await queue.get()
-                over = isinstance(event, InfoptError) or event.finish_reason is not None
                 if isinstance(event, InfoptError):
+                    going.clear()
                     raise event
+                if event.index not in going:
+                    continue
+                if event.finish_reason is not None:
+                    going.remove(event.index)
                 if event.finish_reason in ("error", "abort"):
                     raise EngineError(f"the request failed: {event.error or 'it was aborted'}")
                 yield event
+                for index in going.intersection(ended):
+                    going.remove(index)
+                    await self._send("abort", id=name, index=index)
         finally:
             del self._queues[name]
-            if not over and self.failure is None:
-                await self._send("abort", id=name)
+            if going and self.failure is None:
+                await self._send("abort", id=name, index=None)
 
     async def stats(self, timeout: float) -> dict[str, float]:
         """Ask the engine for its counts; EngineError if it is gone or silent for too long."""

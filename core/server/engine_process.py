@@ -36,7 +36,7 @@ class Engine(Protocol):
 
     def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> None: ...
 
-    def abort(self, request_id: str) -> None: ...
+    def abort(self, request_id: str, index: int | None = None) -> None: ...
 
     def step(self) -> list[StepOutput]: ...
 
@@ -66,10 +66,9 @@ def _heed(engine: Engine, message: messages.Message, channel: "zmq.Socket[bytes]
                 params = messages.params_from_map(message["params"])
                 engine.add(message["id"], message["prompt"], params)
             except InfoptError as error:
-                rejected = messages.pack("rejected", id=message["id"], message=error.message)
-                channel.send(rejected)
+                channel.send(messages.rejected(message["id"], error))
         case "abort":
-            engine.abort(message["id"])
+            engine.abort(message["id"], message["index"])
         case "stats":
             channel.send(messages.pack("stats", stats=asdict(engine.stats())))
         case kind:

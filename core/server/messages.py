@@ -1,8 +1,8 @@
 """What the API process and the engine process say to each other: msgpack maps over a local socket.
 
-API to engine:  add {id, prompt, params}, abort {id}, stats {}
+API to engine:  add {id, prompt, params}, abort {id, index}, stats {}
 Engine to API:  ready {limits}, failed {error, message, hint}, outputs {outputs},
-                rejected {id, message}, stats {stats}
+                rejected {id, error, message, hint}, stats {stats}
 """
 
 from dataclasses import asdict, dataclass
@@ -19,6 +19,7 @@ from infopt.core.errors import (
     UnsupportedError,
     UsageError,
 )
+from infopt.core.runtime.grammar import Grammar
 from infopt.core.runtime.request import SamplingParams, StepOutput, TokenLogprob
 
 Message = dict[str, Any]
@@ -55,8 +56,14 @@ def params_to_map(params: SamplingParams) -> Message:
 
 def params_from_map(values: Message) -> SamplingParams:
     """Raises UsageError for a value out of its range."""
-    tuples = {key: tuple(values[key]) for key in ("stop", "stop_token_ids")}
-    return SamplingParams(**{**values, **tuples})
+    grammar = values["grammar"]
+    whole = {
+        "stop": tuple(values["stop"]),
+        "stop_token_ids": tuple(values["stop_token_ids"]),
+        "logit_bias": tuple(map(tuple, values["logit_bias"])),
+        "grammar": None if grammar is None else Grammar(**grammar),
+    }
+    return SamplingParams(**{**values, **whole})
 
 
 def output_to_map(output: StepOutput) -> Message:
@@ -64,19 +71,23 @@ def output_to_map(output: StepOutput) -> Message:
 
 
 def output_from_map(values: Message) -> StepOutput:
-    logprobs = values["logprobs"]
-    if logprobs is not None:
-        logprobs = tuple(
-            TokenLogprob(entry["token_id"], entry["logprob"], tuple(map(tuple, entry["top"])))
-            for entry in logprobs
-        )
     return StepOutput(
         request_id=values["request_id"],
         token_ids=tuple(values["token_ids"]),
         finish_reason=values["finish_reason"],
         error=values["error"],
-        logprobs=logprobs,
+        logprobs=_logprobs_from_list(values["logprobs"]),
         index=values["index"],
+        prompt_logprobs=_logprobs_from_list(values["prompt_logprobs"]),
+    )
+
+
+def _logprobs_from_list(entries: list[Message] | None) -> tuple[TokenLogprob, ...] | None:
+    if entries is None:
+        return None
+    return tuple(
+        TokenLogprob(entry["token_id"], entry["logprob"], tuple(map(tuple, entry["top"])))
+        for entry in entries
     )
 
 
@@ -87,6 +98,12 @@ def failed(error: Exception) -> bytes:
     else:
         kind, message, hint = "EngineError", f"{type(error).__name__}: {error}", None
     return pack("failed", error=kind, message=message, hint=hint)
+
+
+def rejected(name: str, error: InfoptError) -> bytes:
+    """The message that a request is not taken, and why."""
+    kind = type(error).__name__
+    return pack("rejected", id=name, error=kind, message=error.message, hint=error.hint)
 
 
 def error_from_map(values: Message) -> InfoptError:

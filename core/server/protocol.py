@@ -5,7 +5,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from infopt.core.runtime.request import MAX_LOGPROBS, SamplingParams
+from infopt.core.runtime.grammar import Grammar
+from infopt.core.runtime.request import MAX_BIAS, MAX_LOGPROBS, MAX_SAMPLES, SamplingParams
+from infopt.core.server.structured import ResponseFormat, StructuredOutputs
 
 # What OpenAI does where a client is silent.
 COMPLETION_TOKENS = 16
@@ -14,6 +16,8 @@ TOP_P = 1.0
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
+# JSON has strings alone for keys.
+TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=False)]
 
 
 def _strings(value: Any) -> Any:
@@ -57,10 +61,6 @@ class Body(BaseModel):
 
     # OpenAI's fields that do nothing here: accepted with the values that ask for nothing.
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "n": (None, 1),
-        "presence_penalty": (None, 0),
-        "frequency_penalty": (None, 0),
-        "logit_bias": (None, {}),
         "store": (None, False),
         "service_tier": (None, "auto", "default"),
     }
@@ -77,11 +77,23 @@ class Body(BaseModel):
     seed: Seed | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]] | None = None
+    response_format: ResponseFormat | None = None
     # Extensions that vLLM has under the same names.
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
     """0 and -1: no limit."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
     ignore_eos: bool = False
+    min_tokens: Annotated[int, Field(ge=0)] = 0
     stop_token_ids: TokenIds = []
+    structured_outputs: StructuredOutputs | None = None
+    use_beam_search: bool = False
+    """The `n` best answers that a search with so many beams finds."""
+    length_penalty: float = 1.0
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
     """Lower numbers come first."""
     cache_salt: str = ""
@@ -120,17 +132,54 @@ class Body(BaseModel):
             )
         return self
 
-    def sampling(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """As the engine takes it; stop strings stay above the engine."""
+    @model_validator(mode="after")
+    def _one_grammar(self) -> "Body":
+        if self.response_format is not None and self.structured_outputs is not None:
+            raise PydanticCustomError(
+                "unsupported_value",
+                "{key} contradicts response_format",
+                {"key": "structured_outputs"},
+            )
+        if self.use_beam_search and self.stop:
+            raise PydanticCustomError(
+                "unsupported_value", "{key} does nothing with use_beam_search", {"key": "stop"}
+            )
+        return self
+
+    def grammar(self) -> Grammar | None:
+        """What the answers have to match."""
+        asked = self.response_format or self.structured_outputs
+        return None if asked is None else asked.grammar()
+
+    def sampling(
+        self, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None
+    ) -> SamplingParams:
+        """As the engine takes it; stop strings stay above the engine.
+
+        Raises UsageError for what does not go together.
+        """
+        silent = 0.0 if self.use_beam_search else TEMPERATURE
+        n = self.n or 1
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=TEMPERATURE if self.temperature is None else self.temperature,
+            temperature=silent if self.temperature is None else self.temperature,
             top_k=max(self.top_k, 0),
             top_p=TOP_P if self.top_p is None else self.top_p,
             seed=None if self.seed is None else self.seed % 2**63,
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=tuple((self.logit_bias or {}).items()),
+            min_tokens=self.min_tokens,
+            grammar=self.grammar(),
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            n=n,
+            beam_width=n if self.use_beam_search else 1,
+            length_penalty=self.length_penalty,
             priority=self.priority,
             cache_salt=self.cache_salt,
         )
@@ -145,15 +194,9 @@ class CompletionRequest(Body):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
-    @model_validator(mode="after")
-    def _no_logprobs_of_the_prompt(self) -> "CompletionRequest":
-        if self.echo and self.logprobs is not None:
-            raise PydanticCustomError(
-                "unsupported_value",
-                "{key} does not cover the prompt: leave out echo",
-                {"key": "logprobs"},
-            )
-        return self
+    def params(self, max_tokens: int) -> SamplingParams:
+        """With `echo`, log probabilities are of the prompt as well."""
+        return self.sampling(max_tokens, self.logprobs, self.logprobs if self.echo else None)
 
 
 class TextPart(BaseModel):
@@ -187,7 +230,6 @@ class ChatRequest(Body):
         "parallel_tool_calls": (None, True, False),
         "functions": (None, []),
         "function_call": (None, "none"),
-        "response_format": (None, {"type": "text"}),
         "modalities": (None, ["text"]),
         "reasoning_effort": (None,),
         "verbosity": (None,),
@@ -215,6 +257,9 @@ class ChatRequest(Body):
                 {"key": "max_tokens"},
             )
         return self
+
+    def params(self, max_tokens: int) -> SamplingParams:
+        return self.sampling(max_tokens, (self.top_logprobs or 0) if self.logprobs else None)
 
 
 def _is_text(value: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from infopt.core.errors import InfoptError, UsageError
+from infopt.core.errors import InfoptError, UnsupportedError, UsageError
 from infopt.core.server.protocol import ApiError
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ def api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
-        case UsageError():
+        case UsageError() | UnsupportedError():
             return ApiError(400, error.message)
         case InfoptError():
             return ApiError(503, error.message, kind="engine_error")

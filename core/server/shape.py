@@ -43,14 +43,23 @@ class Shape(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """The prompts, as tokens and as texts, each to precede its `n` answers."""
+
+    prompts: Sequence[Sequence[int]]
+    texts: Sequence[str]
+    n: int = 1
+
+
 @dataclass(slots=True)
 class CompletionShape:
-    """/v1/completions; `echoes` are the prompts' texts where they are to precede the answers."""
+    """/v1/completions; with `echo` the prompts precede the answers, with log probabilities too."""
 
     model: str
     tokenizer: Any
     logprobs: bool
-    echoes: Sequence[str] | None = None
+    echo: Echo | None = None
     _head: Json = field(init=False)
     _offsets: dict[int, int] = field(init=False, default_factory=dict)
 
@@ -61,15 +70,22 @@ class CompletionShape:
         return {**self._head, "object": "text_completion"}
 
     def deltas(self, piece: Piece) -> list[Json]:
-        echo = ""
+        text, told = "", None
         if piece.index not in self._offsets:
-            echo = self.echoes[piece.index] if self.echoes else ""
-            self._offsets[piece.index] = len(echo)
+            self._offsets[piece.index] = 0
+            if self.echo is not None:
+                prompt = piece.index // self.echo.n
+                text = self.echo.texts[prompt]
+                told = self._of_prompt(piece.index, self.echo.prompts[prompt], piece)
+                self._offsets[piece.index] = len(text)
+        logprobs = self._logprobs(piece.index, piece.logprobs)
+        if told is not None and logprobs is not None:
+            logprobs = {key: told[key] + logprobs[key] for key in told}
         return [
             {
                 "index": piece.index,
-                "text": echo + piece.text,
-                "logprobs": self._logprobs(piece.index, piece.logprobs),
+                "text": text + piece.text,
+                "logprobs": logprobs,
                 "finish_reason": piece.finish_reason,
             }
         ]
@@ -77,6 +93,19 @@ class CompletionShape:
     def choice(self, index: int, pieces: Sequence[Piece]) -> Json:
         (whole,) = self.deltas(_joined(index, pieces))
         return whole
+
+    def _of_prompt(self, index: int, prompt: Sequence[int], piece: Piece) -> Json | None:
+        """Of the prompt's tokens, the first of which nothing is known about."""
+        told = self._logprobs(index, piece.prompt_logprobs or ())
+        if told is None:
+            return None
+        first = _token_text(self.tokenizer, prompt[0])
+        return {
+            "tokens": [first, *told["tokens"]],
+            "token_logprobs": [None, *told["token_logprobs"]],
+            "top_logprobs": [None, *told["top_logprobs"]],
+            "text_offset": [0, *(len(first) + offset for offset in told["text_offset"])],
+        }
 
     def _logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> Json | None:
         if not self.logprobs:
@@ -208,6 +237,7 @@ def _joined(index: int, pieces: Sequence[Piece]) -> Piece:
         sum(piece.tokens for piece in pieces),
         tuple(entry for piece in pieces for entry in piece.logprobs),
         pieces[-1].finish_reason,
+        next((p.prompt_logprobs for p in pieces if p.prompt_logprobs is not None), None),
     )
 
 

@@ -1,7 +1,7 @@
 """From the engine's tokens to pieces of text: whole characters, stop strings, log probabilities."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,10 +11,11 @@ from infopt.core.text.detokenize import Detokenizer
 
 
 class Generator(Protocol):
-    """What answers a prompt with tokens; closing what it returns ends the work on it."""
+    """What answers a prompt with tokens; closing what it returns ends the work on it, and putting
+    the index of one of several answers into `ended` the work on that."""
 
     def generate(
-        self, prompt: Sequence[int], params: SamplingParams
+        self, prompt: Sequence[int], params: SamplingParams, ended: Collection[int] = ()
     ) -> AsyncGenerator[StepOutput, None]: ...
 
 
@@ -27,6 +28,34 @@ class Piece:
     tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """With the first piece, where they were asked for."""
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What is known of an answer and not yet sent."""
+
+    detokenizer: Detokenizer
+    tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+
+    def take(self, output: StepOutput, index: int) -> Piece | None:
+        """A piece, if there is something to send."""
+        self.tokens += len(output.token_ids)
+        self.logprobs += output.logprobs or ()
+        self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
+        text, reason = self.detokenizer.push(output.token_ids), output.finish_reason
+        if reason is not None:
+            text += self.detokenizer.finish()
+        if self.detokenizer.stopped_by is not None:
+            reason = "stop"
+        if not text and reason is None:
+            return None
+        piece = Piece(index, text, self.tokens, self.logprobs, reason, self.prompt_logprobs)
+        self.tokens, self.logprobs, self.prompt_logprobs = 0, (), None
+        return piece
 
 
 async def pieces(
@@ -37,27 +66,31 @@ async def pieces(
     *,
     stop: Sequence[str] = (),
     skip_special_tokens: bool = True,
-    index: int = 0,
+    first: int = 0,
 ) -> AsyncGenerator[Piece, None]:
-    """The answer to one prompt; a stop string ends it, in the engine as well."""
-    detokenizer = Detokenizer(tokenizer, stop=stop, skip_special_tokens=skip_special_tokens)
-    outputs = engine.generate(prompt, params)
-    tokens = 0
-    logprobs: tuple[TokenLogprob, ...] = ()
+    """The answers to one prompt, numbered from `first`; a stop string ends one of them, in the
+    engine as well."""
+    answers = [
+        _Answer(
+            Detokenizer(
+                tokenizer,
+                stop=stop,
+                skip_special_tokens=skip_special_tokens,
+                min_tokens=params.min_tokens,
+            )
+        )
+        for _ in range(params.n)
+    ]
+    ended: set[int] = set()
+    outputs = engine.generate(prompt, params, ended)
     async with aclosing(outputs):
         async for output in outputs:
-            tokens += len(output.token_ids)
-            logprobs += output.logprobs or ()
-            text = detokenizer.push(output.token_ids)
-            reason = output.finish_reason
-            if reason is not None:
-                text += detokenizer.finish()
-            if detokenizer.stopped_by is not None:
-                reason = "stop"
-            if text or reason is not None:
-                yield Piece(index, text, tokens, logprobs, reason)
-                tokens, logprobs = 0, ()
-            if reason is not None:
+            piece = answers[output.index].take(output, first + output.index)
+            if piece is not None:
+                yield piece
+                if piece.finish_reason is not None:
+                    ended.add(output.index)
+            if len(ended) == len(answers):
                 return
 
 

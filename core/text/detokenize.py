@@ -12,16 +12,23 @@ class Detokenizer:
     """The text of one request; pushes and finish, joined, are the decoded whole up to the stop.
 
     Where several stop strings are met, the one that is completed first ends the text (of those
-    completed together, the longest), so the result does not depend on how tokens were grouped.
+    completed together, the longest), so the result does not depend on how tokens were grouped. In
+    the text of the first `min_tokens` tokens no stop string is looked for.
     """
 
     def __init__(
-        self, tokenizer: Any, *, stop: Sequence[str] = (), skip_special_tokens: bool = True
+        self,
+        tokenizer: Any,
+        *,
+        stop: Sequence[str] = (),
+        skip_special_tokens: bool = True,
+        min_tokens: int = 0,
     ) -> None:
         assert all(stop), "an empty stop string would stop everything"
         self.stopped_by: str | None = None
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
+        self._min_tokens = min_tokens
         self._skip_special = skip_special_tokens
         self._invisible = _special_ids(tokenizer) if skip_special_tokens else frozenset()
         self._tokens: list[int] = []
@@ -36,8 +43,11 @@ class Detokenizer:
         """Add tokens; return the text that is now safe to send."""
         if self.stopped_by is not None:
             return ""
-        self._tokens.extend(token_ids)
-        return self._until_stop(self._decode_new(final=False), final=False)
+        early = max(0, self._min_tokens - len(self._tokens))
+        self._tokens.extend(token_ids[:early])
+        text = self._decode_new(final=False) if early else ""
+        self._tokens.extend(token_ids[early:])
+        return text + self._until_stop(self._decode_new(final=False), final=False)
 
     def finish(self) -> str:
         """Return the rest: no more tokens come."""

@@ -15,6 +15,16 @@ from infopt.core.runtime.request import SamplingParams
         {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"min_p": float("nan")},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": float("nan")},
+        {"logit_bias": ((1, 100.5),)},
+        {"min_tokens": -1},
+        {"min_tokens": 17},
+        {"prompt_logprobs": 21},
         {"seed": -1},
         {"logprobs": -1},
         {"logprobs": 21},
@@ -33,4 +43,4 @@ def test_a_value_out_of_range_is_named(values: dict[str, Any]) -> None:
 
 def test_an_unknown_parameter_is_never_ignored() -> None:
     with pytest.raises(TypeError):
-        SamplingParams(min_p=0.1)  # type: ignore[call-arg]
+        SamplingParams(typical_p=0.1)  # type: ignore[call-arg]

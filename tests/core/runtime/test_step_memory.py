@@ -9,7 +9,7 @@ from infopt.core.models.load import load_decoder
 from infopt.core.runtime.batch import Span, step_inputs
 from infopt.core.runtime.engine import Engine
 from infopt.core.runtime.request import SamplingParams
-from infopt.core.runtime.sampler import sample
+from infopt.core.runtime.sampler import Draw, sample
 from infopt.core.runtime.step_memory import computed_step_bytes, measured_step_bytes
 
 
@@ -48,8 +48,9 @@ def test_the_estimate_is_no_less_than_a_step_takes_and_not_far_more(
     with Peak() as peak:
         inputs = step_inputs(spans, block_size=4, dtype=torch.float32, device=torch.device("cpu"))
         logits = runner.run(inputs, last)
-        generators = [torch.Generator() for _ in range(rows)]
-        sample(logits, [SamplingParams(top_p=0.9)] * rows, generators)
+        params = SamplingParams(top_p=0.9, min_p=0.01, repetition_penalty=1.2, frequency_penalty=1)
+        draw = Draw(params, torch.Generator(), prompt=[1, 2], answer=[3], barred=[4])
+        sample(logits, [draw] * rows)
     computed = computed_step_bytes(
         runner.decoder.config, tokens=tokens, rows=rows, dtype=torch.float32
     )

@@ -1,6 +1,7 @@
 """Any OpenAI client works unchanged: the openai package against a real server."""
 
 import json
+import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -216,6 +217,164 @@ def test_chat_logprobs(client: openai.OpenAI) -> None:
     assert [e.token for e in streamed] == [e.token for e in found]
 
 
+def test_echoed_logprobs_are_the_engines(
+    client: openai.OpenAI, tiny_model: Path, default_artifact: Any
+) -> None:
+    """As lm-eval asks for them: prompts as tokens, one new token, streamed or not."""
+    prompts = [default_artifact.tokenizer().encode(text) for text in TEXTS[:3]]
+    ask: Any = {**GREEDY, "prompt": prompts, "max_tokens": 1, "echo": True, "logprobs": 1}
+    llm = LLM(read_artifact(tiny_model), EngineSettings(kv_blocks=64, dtype="float32"))
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, logprobs=1)
+    wanted = llm.generate(prompts, params)
+    answer = client.completions.create(**ask)
+    streamed = {
+        chunk.choices[0].index: chunk.choices[0].logprobs
+        for chunk in client.completions.create(stream=True, **ask)
+        if chunk.choices[0].logprobs is not None and chunk.choices[0].logprobs.tokens
+    }
+    for choice, prompt, made in zip(answer.choices, prompts, wanted, strict=True):
+        found = choice.logprobs
+        assert found is not None and found.tokens and found.token_logprobs and found.top_logprobs
+        assert made.prompt_logprobs is not None and made.logprobs is not None
+        entries = [*made.prompt_logprobs, *made.logprobs]
+        assert len(found.tokens) == len(prompt) + 1 == len(found.top_logprobs)
+        assert found.token_logprobs[0] is found.top_logprobs[0] is None
+        assert found.token_logprobs[1:] == pytest.approx([entry.logprob for entry in entries])
+        assert all(len(top) in (1, 2) for top in found.top_logprobs[1:])
+        assert "".join(found.tokens) == choice.text
+        assert found.text_offset == [
+            len("".join(found.tokens[:n])) for n in range(len(entries) + 1)
+        ]
+        assert streamed[choice.index] == found
+
+
+def test_several_answers_are_those_of_seeds_in_turn(client: openai.OpenAI) -> None:
+    ask: Any = {"model": "tiny", "max_tokens": 8}
+    several = client.completions.create(prompt=TEXTS[:2], n=3, seed=5, **ask)
+    assert [choice.index for choice in several.choices] == list(range(6))
+    assert several.usage is not None and several.usage.completion_tokens <= 48
+    for index, choice in enumerate(several.choices):
+        alone = client.completions.create(prompt=TEXTS[index // 3], seed=5 + index % 3, **ask)
+        assert choice.text == alone.choices[0].text
+    assert len({choice.text for choice in several.choices}) == 6
+    chat = client.chat.completions.create(messages=HELLO, n=2, seed=1, **ask)
+    texts = ["", ""]
+    for chunk in client.chat.completions.create(messages=HELLO, n=2, seed=1, stream=True, **ask):
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert [choice.message.content for choice in chat.choices] == texts
+
+
+def test_a_stop_string_ends_one_answer_of_several(server: Any, client: openai.OpenAI) -> None:
+    ask: Any = {"model": "tiny", "prompt": TEXTS[0], "n": 2, "seed": 5, "max_tokens": 100}
+    extra = {"ignore_eos": True}
+    free = client.completions.create(extra_body=extra, **ask)
+    first, second = (choice.text for choice in free.choices)
+    stop = next(first[i : i + 4] for i in range(10, 90) if first[i : i + 4] not in second)
+    cut = client.completions.create(extra_body=extra, stop=stop, **ask)
+    assert [choice.finish_reason for choice in cut.choices] == ["stop", "length"]
+    assert [choice.text for choice in cut.choices] == [first[: first.index(stop)], second]
+    assert cut.usage is not None and cut.usage.completion_tokens < 200
+
+
+def test_beams(client: openai.OpenAI, tiny_model: Path) -> None:
+    llm = LLM(read_artifact(tiny_model), EngineSettings(kv_blocks=64, dtype="float32"))
+    params = SamplingParams(max_tokens=8, temperature=0, n=3, beam_width=3)
+    wanted = [completion.text for completion in llm.generate(TEXTS[0], params)]
+    extra = {"use_beam_search": True}
+    ask: Any = {"model": "tiny", "prompt": TEXTS[0], "n": 3, "max_tokens": 8, "extra_body": extra}
+    assert [choice.text for choice in client.completions.create(**ask).choices] == wanted
+    with pytest.raises(openai.BadRequestError, match="temperature must be 0"):
+        client.completions.create(temperature=1, **ask)
+
+
+def test_penalties_and_bias(client: openai.OpenAI, tiny_model: Path) -> None:
+    llm = LLM(read_artifact(tiny_model), EngineSettings(kv_blocks=64, dtype="float32"))
+    values: dict[str, Any] = {"presence_penalty": 1.5, "frequency_penalty": 0.5}
+    more = {"repetition_penalty": 1.2, "min_tokens": 5, "min_p": 0.1}
+    bias = {500: 2.0, 7: -100.0}
+    params = SamplingParams(
+        12,
+        temperature=0,
+        logit_bias=tuple(bias.items()),
+        **values,
+        **more,  # type: ignore[arg-type]
+    )
+    answer = client.completions.create(
+        prompt=TEXTS[0],
+        logit_bias={str(token): value for token, value in bias.items()},
+        extra_body=more,
+        **values,
+        **GREEDY,
+    )
+    assert answer.choices[0].text == llm.generate(TEXTS[0], params)[0].text
+    with pytest.raises(openai.BadRequestError, match="logit_bias has a token that is not among"):
+        client.completions.create(prompt="x", logit_bias={"49152": 1}, **GREEDY)
+    always = client.completions.create(prompt="x", logit_bias={"500": 100}, **GREEDY)
+    assert always.choices[0].text == llm.tokenizer.decode([500] * 12)
+
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"name": {"enum": ["Ada", "Alan"]}, "age": {"type": "integer", "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_keep_to_a_schema(client: openai.OpenAI) -> None:
+    """Even of a model of random weights, drawn hot."""
+    told: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+    ask: Any = {"model": "tiny", "messages": HELLO, "max_tokens": 300, "temperature": 1.5, "n": 4}
+    answer = client.chat.completions.create(response_format=told, seed=0, **ask)
+    assert len(answer.choices) == 4
+    for choice in answer.choices:
+        if choice.finish_reason == "length":
+            continue  # white space without end is JSON too
+        person = json.loads(choice.message.content or "")
+        assert person.keys() == {"name", "age"} and person["name"] in ("Ada", "Alan")
+    assert any(choice.finish_reason == "stop" for choice in answer.choices)
+
+
+def test_answers_keep_to_regex_choice_and_grammar(client: openai.OpenAI) -> None:
+    def ask(**structured: Any) -> tuple[str, str | None]:
+        (choice,) = client.completions.create(
+            model="tiny",
+            prompt=TEXTS[0],
+            max_tokens=30,
+            seed=3,
+            extra_body={"structured_outputs": structured},
+        ).choices
+        return choice.text, choice.finish_reason
+
+    text, reason = ask(regex=r"\d{4}-\d{2}-\d{2}")
+    assert re.fullmatch(r"\d{4}-\d{2}-\d{2}", text) and reason == "stop"
+    text, reason = ask(choice=['yes "sir"', "no, naïve", "может"])
+    assert text in ('yes "sir"', "no, naïve", "может") and reason == "stop"
+    text, reason = ask(grammar='start: "<" /[a-c]{3}/ ">"')
+    assert re.fullmatch("<[a-c]{3}>", text) and reason == "stop"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"regex": "(unclosed"},
+        {"grammar": "start: nowhere"},
+        {"json": {"type": "nonsense"}},
+        {"json": "{not json"},
+    ],
+    ids=str,
+)
+def test_a_bad_grammar_is_refused_and_hurts_nobody(
+    server: Any, client: openai.OpenAI, expected: list[str], bad: dict[str, Any]
+) -> None:
+    for stream in (False, True):
+        body = {"prompt": "a", "structured_outputs": bad, "stream": stream}
+        response = post(server, body)
+        assert response.status_code == 400, response.text
+        assert "is refused: " in response.json()["error"]["message"]
+    assert client.completions.create(prompt=TEXTS[0], **GREEDY).choices[0].text == expected[0]
+
+
 def test_the_model_card(client: openai.OpenAI) -> None:
     (card,) = client.models.list().data
     assert card.id == "tiny" and client.models.retrieve("tiny") == card
@@ -234,10 +393,22 @@ def test_health_has_the_counts(server: Any) -> None:
     ("change", "param"),
     [
         ({"frobnicate": 1}, "frobnicate"),
-        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
         ({"best_of": 3}, "best_of"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"logit_bias": {"1": 5}}, "logit_bias"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": "much"}, "frequency_penalty"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": {"one": 1}}, "logit_bias"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs"),
+        ({"use_beam_search": True, "stop": "a"}, "stop"),
         ({"suffix": "x"}, "suffix"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
@@ -257,7 +428,6 @@ def test_health_has_the_counts(server: Any) -> None:
         ({"stop_token_ids": [2**70]}, "stop_token_ids"),
         ({"top_k": 2**70}, "top_k"),
         ({"logprobs": 99}, "logprobs"),
-        ({"logprobs": 1, "echo": True}, "logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"chatty": 1}}, "stream_options.chatty"),
         ({"top_k": -2}, "top_k"),
@@ -281,7 +451,7 @@ def test_what_is_not_supported_is_refused_by_name(
     ("change", "param"),
     [
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_object", "json_schema": {}}}, "response_format"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
         ({"messages": []}, "messages"),

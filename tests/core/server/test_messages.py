@@ -1,8 +1,11 @@
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from infopt.core.errors import EngineError, InfoptError, ResourceError, UsageError
+from infopt.core.runtime.grammar import Grammar
 from infopt.core.runtime.request import SamplingParams, StepOutput, TokenLogprob
 from infopt.core.server import messages
 
@@ -16,23 +19,41 @@ entries = st.builds(
 )
 
 
-@given(
-    st.builds(
-        SamplingParams,
-        max_tokens=st.none() | st.integers(1, 10**6),
-        temperature=st.floats(0, 2),
-        top_p=st.floats(0.01, 1),
-        seed=st.none() | st.integers(0, 2**63 - 1),
-        stop=st.lists(st.text(min_size=1)).map(tuple),
-        stop_token_ids=ids,
-        ignore_eos=st.booleans(),
-        logprobs=st.none() | st.integers(0, 20),
-        n=st.integers(1, 128),
-        priority=st.integers(-(2**31), 2**31 - 1),
-        cache_salt=st.text(),
-    )
+# A grammar says itself where the answer ends.
+grammars = st.builds(
+    Grammar, st.sampled_from(["json_schema", "regex", "choice"]), st.text("ab", min_size=1)
 )
-def test_params_travel_unchanged(params: SamplingParams) -> None:
+ENDS: list[dict[str, Any]] = [
+    {"ignore_eos": st.booleans(), "min_tokens": st.just(1)},
+    {"grammar": st.none() | grammars},
+]
+
+
+@pytest.mark.parametrize("ends", ENDS, ids=["tokens", "grammar"])
+@given(data=st.data())
+def test_params_travel_unchanged(ends: dict[str, Any], data: st.DataObject) -> None:
+    params = data.draw(
+        st.builds(
+            SamplingParams,
+            max_tokens=st.none() | st.integers(1, 10**6),
+            temperature=st.floats(0, 2),
+            top_p=st.floats(0.01, 1),
+            seed=st.none() | st.integers(0, 2**63 - 1),
+            stop=st.lists(st.text(min_size=1)).map(tuple),
+            stop_token_ids=ids,
+            logprobs=st.none() | st.integers(0, 20),
+            n=st.integers(1, 128),
+            priority=st.integers(-(2**31), 2**31 - 1),
+            cache_salt=st.text(),
+            min_p=st.floats(0, 1),
+            repetition_penalty=st.floats(0.1, 3),
+            presence_penalty=st.floats(-2, 2),
+            frequency_penalty=st.floats(-2, 2),
+            logit_bias=st.lists(st.tuples(st.integers(0, 2**31), st.floats(-100, 100))).map(tuple),
+            prompt_logprobs=st.none() | st.integers(0, 20),
+            **ends,
+        )
+    )
     message = messages.unpack(messages.pack("add", params=messages.params_to_map(params)))
     assert messages.params_from_map(message["params"]) == params
 
@@ -46,6 +67,7 @@ def test_params_travel_unchanged(params: SamplingParams) -> None:
         error=st.none() | st.text(),
         logprobs=st.none() | st.lists(entries).map(tuple),
         index=st.integers(0, 127),
+        prompt_logprobs=st.none() | st.lists(entries).map(tuple),
     )
 )
 def test_outputs_travel_unchanged(output: StepOutput) -> None:

@@ -1,5 +1,5 @@
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -19,7 +19,7 @@ class Scripted:
         self.ended: list[str] = []
 
     async def generate(
-        self, prompt: Sequence[int], params: SamplingParams
+        self, prompt: Sequence[int], params: SamplingParams, ended: Collection[int] = ()
     ) -> AsyncGenerator[StepOutput, None]:
         over = "early"
         try:
@@ -78,7 +78,7 @@ def test_merged_answers_keep_their_index(tokenizer: Any) -> None:
 
     async def run() -> list[Piece]:
         sources = [
-            pieces(Scripted(tokenizer.encode(t)), tokenizer, [1], SamplingParams(), index=i)
+            pieces(Scripted(tokenizer.encode(t)), tokenizer, [1], SamplingParams(), first=i)
             for i, t in enumerate(texts)
         ]
         return [piece async for piece in merged(sources)]
@@ -112,3 +112,51 @@ def test_a_fault_in_one_ends_all(tokenizer: Any) -> None:
     with pytest.raises(EngineError, match="lost"):
         asyncio.run(run())
     assert engines[0].ended == ["early"] and engines[0].given < 20
+
+
+class Several:
+    """Answers with several scripts at once, a token of each in turn; heeds what is ended."""
+
+    def __init__(self, scripts: Sequence[Sequence[int]]) -> None:
+        self.scripts = scripts
+        self.given = [0] * len(scripts)
+
+    async def generate(
+        self, prompt: Sequence[int], params: SamplingParams, ended: Collection[int] = ()
+    ) -> AsyncGenerator[StepOutput, None]:
+        for place in range(max(map(len, self.scripts))):
+            for index, script in enumerate(self.scripts):
+                if place < len(script) and index not in ended:
+                    self.given[index] += 1
+                    reason = "length" if place == len(script) - 1 else None
+                    yield StepOutput("x", (script[place],), reason, index=index)  # type: ignore[arg-type]
+
+
+def test_a_stop_string_ends_one_of_several_answers(tokenizer: Any) -> None:
+    scripts = [tokenizer.encode(text) for text in (TEXT + TEXT, "one two three four", TEXT + TEXT)]
+    engine = Several(scripts)
+
+    async def run() -> list[Piece]:
+        params = SamplingParams(n=3)
+        answer = pieces(engine, tokenizer, [1], params, stop=["op he", "three"], first=6)
+        return [piece async for piece in answer]
+
+    found = asyncio.run(run())
+    texts = {n: "".join(p.text for p in found if p.index == n) for n in (6, 7, 8)}
+    assert texts == {6: TEXT[: TEXT.index("op he")], 7: "one two ", 8: TEXT[: TEXT.index("op he")]}
+    assert [p.finish_reason for p in found if p.finish_reason] == ["stop"] * 3
+    assert engine.given[1] < len(scripts[1]) and engine.given[0] < len(scripts[0])
+
+
+def test_no_stop_string_is_looked_for_in_the_first_tokens(tokenizer: Any) -> None:
+    tokens = tokenizer.encode("stop one stop two stop three")
+    for each in (1, 2, 100):
+
+        async def run(each: int = each) -> list[Piece]:
+            params = SamplingParams(max_tokens=None, min_tokens=3)
+            engine = Scripted(tokens, each=each)
+            answer = pieces(engine, tokenizer, [1], params, stop=["stop"])
+            return [piece async for piece in answer]
+
+        text = "".join(piece.text for piece in asyncio.run(run()))
+        assert text == tokenizer.decode(tokens[:3]) + " two "

@@ -1,0 +1,123 @@
+"""What an answer has to match, and the place that an answer on its way has in it."""
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from infopt.core.errors import UnsupportedError, UsageError
+
+GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
+_EIGHT = torch.arange(8, dtype=torch.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """A JSON schema, any JSON object, a regular expression, one of some texts, or a Lark grammar.
+
+    `text` is the schema, the expression, the list of texts as JSON, or the grammar. Raises
+    UsageError for one that is empty where something is needed.
+    """
+
+    kind: GrammarKind
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("json_schema", "json_object", "regex", "choice", "lark"):
+            raise UsageError(f"there is no kind of grammar {self.kind!r}")
+        if (self.kind == "json_object") is bool(self.text):
+            raise UsageError(f"a grammar of kind {self.kind} with the text {self.text[:80]!r}")
+
+    @staticmethod
+    def json_schema(schema: dict[str, Any]) -> "Grammar":
+        return Grammar("json_schema", json.dumps(schema))
+
+    @staticmethod
+    def choice(texts: Sequence[str]) -> "Grammar":
+        return Grammar("choice", json.dumps(list(texts), ensure_ascii=False))
+
+
+class Constraint:
+    """How far an answer has come in its grammar."""
+
+    def __init__(self, matcher: Any, vocabulary: int) -> None:
+        self._matcher = matcher
+        self._vocabulary = vocabulary
+
+    def allowed(self) -> Tensor:
+        """bool [vocabulary]: the tokens that may come next, the end among them where it may."""
+        bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        mask = ((bits[:, None] >> _EIGHT) & 1).bool().flatten()
+        # Logits may be padded beyond the tokenizer's vocabulary, as its bits are to whole words.
+        out = torch.zeros(self._vocabulary, dtype=torch.bool)
+        out[: len(mask)] = mask[: self._vocabulary]
+        return out
+
+    def accept(self, token: int) -> bool:
+        """Go on by a token; False if the grammar gave up on it (a limit of its own)."""
+        return bool(self._matcher.consume_token(token))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether only the end can follow."""
+        return bool(self._matcher.is_stopped())
+
+    def copy(self) -> "Constraint":
+        return Constraint(self._matcher.deep_copy(), self._vocabulary)
+
+
+class GrammarCompiler:
+    """Turns grammars into constraints for one tokenizer, by llguidance."""
+
+    def __init__(self, tokenizer: Any, vocabulary: int, ends: Collection[int]) -> None:
+        """Raises UnsupportedError where llguidance is not installed or reads no such tokenizer."""
+        try:
+            from llguidance.hf import from_tokenizer
+        except ImportError as error:
+            raise UnsupportedError(
+                "grammars need llguidance, which is not installed", "pip install 'infopt[serve]'"
+            ) from error
+        try:
+            self._tokenizer = from_tokenizer(tokenizer, eos_token=sorted(ends) or None)
+        except (ValueError, RuntimeError) as error:
+            raise UnsupportedError(f"grammars do not work with this tokenizer: {error}") from error
+        self._vocabulary = vocabulary
+
+    def compile(self, grammar: Grammar) -> Constraint:
+        """Raises UsageError for a grammar that is none, or that nothing matches."""
+        from llguidance import LLMatcher
+
+        # The matcher never raises for what users write: it says what is wrong when asked.
+        matcher = LLMatcher(self._tokenizer, _source(grammar), log_level=0)
+        if matcher.is_error():
+            reason = " ".join(str(matcher.get_error()).split())
+            raise UsageError(f"the {grammar.kind} is refused: {reason[:300]}")
+        return Constraint(matcher, self._vocabulary)
+
+
+def _source(grammar: Grammar) -> str:
+    """As llguidance reads it."""
+    from llguidance import LLMatcher
+
+    try:
+        match grammar.kind:
+            case "json_schema":
+                return str(LLMatcher.grammar_from_json_schema(grammar.text))
+            case "json_object":
+                return str(LLMatcher.grammar_from_json_schema({"type": "object"}))
+            case "regex":
+                return str(LLMatcher.grammar_from_regex(grammar.text))
+            case "lark":
+                return str(LLMatcher.grammar_from_lark(grammar.text))
+            case "choice":
+                texts = json.loads(grammar.text)
+                if not texts or not all(isinstance(text, str) and text for text in texts):
+                    raise UsageError("a choice needs texts that are not empty")
+                # A literal of Lark is written as one of JSON is.
+                literals = (json.dumps(text, ensure_ascii=False) for text in texts)
+                return str(LLMatcher.grammar_from_lark(f"start: {' | '.join(literals)}"))
+    except ValueError as error:
+        raise UsageError(f"the {grammar.kind} is refused: {error}") from error

@@ -1,0 +1,88 @@
+"""What clients say that an answer has to match, in OpenAI's words and in vLLM's."""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from infopt.core.runtime.grammar import Grammar
+
+Schema = dict[str, Any]
+
+
+class JsonSchema(BaseModel):
+    """OpenAI's schema with its labels; it is always kept to, `strict` or not."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str = ""
+    description: str | None = None
+    schema_: Annotated[Schema | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """OpenAI's `response_format`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> "ResponseFormat":
+        schema = self.json_schema.schema_ if self.json_schema is not None else None
+        if (self.type == "json_schema") is not (schema is not None):
+            raise PydanticCustomError(
+                "unsupported_value",
+                "{key} goes with json_schema.schema, and json_schema with it alone",
+                {"key": "response_format"},
+            )
+        return self
+
+    def grammar(self) -> Grammar | None:
+        match self.type:
+            case "text":
+                return None
+            case "json_object":
+                return Grammar("json_object")
+            case "json_schema":
+                assert self.json_schema is not None and self.json_schema.schema_ is not None
+                return Grammar.json_schema(self.json_schema.schema_)
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's `structured_outputs`: one of these."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    json_: Annotated[Schema | str | None, Field(alias="json")] = None
+    json_object: bool | None = None
+    regex: Annotated[str, Field(min_length=1)] | None = None
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    grammar_: Annotated[str, Field(min_length=1, alias="grammar")] | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "StructuredOutputs":
+        if sum(value is not None for value in self.__dict__.values()) != 1 or (
+            self.json_object is False
+        ):
+            raise PydanticCustomError(
+                "unsupported_value",
+                "{key} needs one of json, json_object, regex, choice and grammar",
+                {"key": "structured_outputs"},
+            )
+        return self
+
+    def grammar(self) -> Grammar:
+        if self.json_ is not None:
+            text = self.json_ if isinstance(self.json_, str) else json.dumps(self.json_)
+            return Grammar("json_schema", text)
+        if self.regex is not None:
+            return Grammar("regex", self.regex)
+        if self.choice is not None:
+            return Grammar.choice(self.choice)
+        if self.grammar_ is not None:
+            return Grammar("lark", self.grammar_)
+        return Grammar("json_object")

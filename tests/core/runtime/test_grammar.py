@@ -1,0 +1,145 @@
+"""Answers that have to match something, through the engine and beside it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from infopt.core.artifact.read import read_artifact
+from infopt.core.errors import UsageError
+from infopt.core.recipe.serve import EngineSettings
+from infopt.core.runtime.grammar import Constraint, Grammar, GrammarCompiler
+from infopt.core.runtime.llm import LLM
+from infopt.core.runtime.request import SamplingParams
+
+
+@pytest.fixture(scope="module")
+def tokenizer(default_artifact: Any) -> Any:
+    return default_artifact.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def compiler(tokenizer: Any) -> GrammarCompiler:
+    return GrammarCompiler(tokenizer, 49152 + 64, [tokenizer.eos_token_id])
+
+
+def follow(constraint: Constraint, tokens: list[int]) -> None:
+    for token in tokens:
+        assert constraint.allowed()[token], token
+        assert constraint.accept(token)
+
+
+def test_only_what_can_go_on_is_allowed(compiler: GrammarCompiler, tokenizer: Any) -> None:
+    constraint = compiler.compile(Grammar("regex", "ab+"))
+    allowed = constraint.allowed()
+    assert allowed.shape == (49152 + 64,) and allowed.dtype == torch.bool
+    texts = {tokenizer.decode([token]) for token in allowed.nonzero().flatten().tolist()}
+    assert texts and all(re.fullmatch("ab*", text) for text in texts)
+    follow(constraint, tokenizer.encode("ab"))
+    assert constraint.allowed()[tokenizer.eos_token_id] and not constraint.is_over
+
+
+def test_a_copy_goes_its_own_way(compiler: GrammarCompiler, tokenizer: Any) -> None:
+    one = compiler.compile(Grammar.choice(["yes", "no"]))
+    two = one.copy()
+    follow(one, tokenizer.encode("yes"))
+    follow(two, tokenizer.encode("no"))
+    assert one.is_over and two.is_over
+    assert not one.accept(tokenizer.encode("x")[0]), "nothing follows"
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        (Grammar("json_object"), '{"a": [1, {"b": null}], "c": "\\u00e9"}'),
+        (Grammar.json_schema({"type": "array", "items": {"type": "integer"}}), "[1, 22, -3]"),
+        (Grammar("lark", 'start: "x"~3'), "xxx"),
+        (Grammar.choice(['"quoted"', "line\nbreak", "日本"]), "日本"),
+    ],
+    ids=str,
+)
+def test_what_matches_is_taken(
+    compiler: GrammarCompiler, tokenizer: Any, grammar: Grammar, text: str
+) -> None:
+    constraint = compiler.compile(grammar)
+    follow(constraint, tokenizer.encode(text))
+    assert constraint.is_over or constraint.allowed()[tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar("json_schema", "{"),
+        Grammar("json_schema", '{"type": "nonsense"}'),
+        Grammar("regex", "(a"),
+        Grammar("lark", "start: nothing"),
+        Grammar("choice", "[]"),
+        Grammar("choice", '["a", ""]'),
+    ],
+    ids=str,
+)
+def test_what_is_no_grammar_is_refused(compiler: GrammarCompiler, grammar: Grammar) -> None:
+    with pytest.raises(UsageError, match=r"is refused|choice needs"):
+        compiler.compile(grammar)
+
+
+@pytest.mark.parametrize(("kind", "text"), [("json_object", "x"), ("regex", ""), ("html", "a")])
+def test_what_says_nothing_is_refused(kind: Any, text: str) -> None:
+    with pytest.raises(UsageError):
+        Grammar(kind, text)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_model: Path) -> LLM:
+    settings = EngineSettings(kv_blocks=24, dtype="float32", max_model_len=256)
+    return LLM(read_artifact(tiny_model), settings)
+
+
+def test_answers_match_though_they_are_preempted_and_forked(llm: LLM) -> None:
+    pattern = r"[a-z]{3,40}( [a-z]{2,5}){5}\."
+    params = SamplingParams(
+        120, temperature=1.3, seed=1, n=3, grammar=Grammar("regex", pattern), cache_salt="x"
+    )
+    made = llm.generate(["Say something", "And more"], params)
+    assert len(made) == 6 and len({each.text for each in made}) == 6
+    for each in made:
+        assert each.finish_reason == "stop" and re.fullmatch(pattern, each.text), each.text
+    assert llm.engine.stats().preemptions > 0
+    alone = llm.generate("Say something", params)
+    assert [each.text for each in alone] == [each.text for each in made[:3]]
+
+
+def test_an_unfinished_answer_is_the_beginning_of_one(llm: LLM) -> None:
+    (made,) = llm.generate(
+        "Numbers:", SamplingParams(4, temperature=0, grammar=Grammar("regex", "([0-9]{9} ){9}"))
+    )
+    assert made.finish_reason == "length" and re.fullmatch("[0-9 ]+", made.text)
+
+
+def test_one_request_with_a_schema_leaves_the_others_alone(llm: LLM) -> None:
+    plain = SamplingParams(10, temperature=0, ignore_eos=True)
+    (alone,) = llm.generate("Hello", plain)
+    schema = Grammar.json_schema({"type": "object", "properties": {"a": {"type": "boolean"}},
+                                  "required": ["a"], "additionalProperties": False})  # fmt: skip
+    llm.engine.add("g", [5, 6, 7], SamplingParams(40, temperature=0, grammar=schema))
+    (beside,) = llm.generate("Hello", plain)
+    assert beside.token_ids == alone.token_ids
+
+
+def test_a_json_answer_is_json(llm: LLM) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"],
+              "additionalProperties": False}  # fmt: skip
+    found = llm.generate(
+        "Hi", SamplingParams(60, seed=0, temperature=1.0, n=4, grammar=Grammar.json_schema(schema))
+    )
+    ended = [json.loads(each.text) for each in found if each.finish_reason == "stop"]
+    assert ended and all(each["a"] in (1, 2) for each in ended)
+
+
+@pytest.mark.parametrize("values", [{"ignore_eos": True}, {"min_tokens": 2}], ids=str)
+def test_what_contradicts_a_grammar(values: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="contradicts a grammar"):
+        SamplingParams(grammar=Grammar("regex", "a"), **values)
