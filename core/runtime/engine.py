@@ -21,6 +21,7 @@ from infopt.core.runtime.grammar import Constraint, Grammar, GrammarCompiler
 from infopt.core.runtime.kv_cache import KVCache, blocks_that_fit, cache_dtype
 from infopt.core.runtime.limits import held_sequence, longest_sequence
 from infopt.core.runtime.model_runner import ModelRunner
+from infopt.core.runtime.penalties import changes_logits
 from infopt.core.runtime.prefix_cache import PrefixCache
 from infopt.core.runtime.prefix_store import PrefixStore
 from infopt.core.runtime.request import (
@@ -245,16 +246,14 @@ class Engine:
     def _draw(self, request: Request) -> Draw:
         """How the request's next token is to be chosen."""
         params, length = request.params, request.prompt_length
-        answer = request.tokens[length:]
-        early = len(answer) < params.min_tokens
-        ends = frozenset(params.stop_token_ids) | self.eos_token_ids if early else frozenset()
+        read = changes_logits(params)  # else copying them each step would be for nothing
         return Draw(
             params,
             request.generator,
-            request.tokens[:length],
-            answer,
-            None if request.constraint is None else request.constraint.allowed(),
-            ends,
+            prompt=request.tokens[:length] if read else (),
+            answer=request.tokens[length:] if read else (),
+            allowed=None if request.constraint is None else request.constraint.allowed(),
+            barred=self._ends(params) if len(request.tokens) - length < params.min_tokens else (),
         )
 
     def _answers(self, batch: Batch) -> tuple[list[Request], list[int]]:
@@ -330,7 +329,7 @@ class Engine:
                 self._prefix.forget(request)
             self._finish(request)
             return StepOutput(name, finish_reason="error", error=fault, index=index)
-        if self._stops(request.params, token):
+        if token in self._ends(request.params):
             self._finish(request)
             return StepOutput(name, finish_reason="stop", index=index)
         request.tokens.append(token)
@@ -356,9 +355,10 @@ class Engine:
             prompt_logprobs=tuple(request.prompt_logprobs) if first and scored else None,
         )
 
-    def _stops(self, params: SamplingParams, token: int) -> bool:
-        ends = not params.ignore_eos and token in self.eos_token_ids
-        return ends or token in params.stop_token_ids
+    def _ends(self, params: SamplingParams) -> frozenset[int]:
+        """The tokens that end an answer."""
+        asked = frozenset(params.stop_token_ids)
+        return asked if params.ignore_eos else asked | self.eos_token_ids
 
     def _finish(self, request: Request) -> None:
         self._scheduler.remove(request)
