@@ -22,6 +22,14 @@ from typing import Any
 TOOLS = ("infopt", "gptqmodel", "llmcompressor")
 
 
+def peers_dtype() -> Any:
+    """What infopt's `auto` computes in: a CPU without bfloat16 instructions emulates it, and a peer
+    left to the checkpoint's dtype took over ten times as long there."""
+    import torch
+
+    return getattr(torch, os.environ["PEERS_DTYPE"])
+
+
 def run_infopt(model: str, tokens: Any, output: str) -> float:
     from infopt.core.artifact.read import read_artifact
     from infopt.core.libraries import share_cores
@@ -42,7 +50,8 @@ def run_gptqmodel(model: str, tokens: Any, output: str) -> float:
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    loaded = GPTQModel.load(model, QuantizeConfig(bits=4, group_size=64), device="cpu")
+    config = QuantizeConfig(bits=4, group_size=64)
+    loaded = GPTQModel.load(model, config, device="cpu", dtype=peers_dtype())
     data = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tokens]
     started = time.perf_counter()
     loaded.quantize(data, batch_size=8)
@@ -58,7 +67,7 @@ def run_llmcompressor(model: str, tokens: Any, output: str) -> float:
     from llmcompressor.modifiers.quantization import GPTQModifier
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=peers_dtype())
     rows = tokens.tolist()
     data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(r) for r in rows]})
     weights = QuantizationArgs(num_bits=4, group_size=64, strategy="group", symmetric=True)
@@ -93,8 +102,11 @@ def child(tool: str, model: str, tokens: str, output: str) -> None:
 
 
 def one_run(tool: str, python: str, model: str, tokens: Path, output: Path) -> dict[str, Any]:
+    from infopt.core.hardware.choose import choose_dtype
+
     environment = {
         **os.environ,
+        "PEERS_DTYPE": choose_dtype("auto", "cpu"),
         "OMP_WAIT_POLICY": "PASSIVE",
         "GPTQMODEL_CPU_WORKERS": "2",
         "TORCHDYNAMO_DISABLE": "1",
