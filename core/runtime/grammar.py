@@ -11,6 +11,8 @@ from torch import Tensor
 from infopt.core.errors import UnsupportedError, UsageError
 
 GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
+# Room for indentation, and an end: a weak model would go on with white space to its last token.
+_JSON = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,20}"}
 _EIGHT = torch.arange(8, dtype=torch.uint8)
 
 
@@ -105,9 +107,10 @@ def _source(grammar: Grammar) -> str:
     try:
         match grammar.kind:
             case "json_schema":
-                return str(LLMatcher.grammar_from_json_schema(grammar.text))
+                return str(LLMatcher.grammar_from_json_schema(grammar.text, overrides=_JSON))
             case "json_object":
-                return str(LLMatcher.grammar_from_json_schema({"type": "object"}))
+                any_object = {"type": "object"}
+                return str(LLMatcher.grammar_from_json_schema(any_object, overrides=_JSON))
             case "regex":
                 return str(LLMatcher.grammar_from_regex(grammar.text))
             case "lark":

@@ -39,7 +39,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs) -> Tensor:
-        """Hidden states [T, hidden] of the step's tokens, as the head wants them."""
+        """Hidden states [T, hidden] of the step's tokens, before the last norm."""
         return self.decoder(inputs, self.cache.layers)
 
     @torch.inference_mode()

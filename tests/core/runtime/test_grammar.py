@@ -54,7 +54,7 @@ def test_a_copy_goes_its_own_way(compiler: GrammarCompiler, tokenizer: Any) -> N
 @pytest.mark.parametrize(
     ("grammar", "text"),
     [
-        (Grammar("json_object"), '{"a": [1, {"b": null}], "c": "\\u00e9"}'),
+        (Grammar("json_object"), '{"a": [1, {"b": null}], "c": "é"}'),
         (Grammar.json_schema({"type": "array", "items": {"type": "integer"}}), "[1, 22, -3]"),
         (Grammar("lark", 'start: "x"~3'), "xxx"),
         (Grammar.choice(['"quoted"', "line\nbreak", "日本"]), "日本"),
@@ -94,7 +94,7 @@ def test_what_says_nothing_is_refused(kind: Any, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def llm(tiny_model: Path) -> LLM:
-    settings = EngineSettings(kv_blocks=24, dtype="float32", max_model_len=256)
+    settings = EngineSettings(kv_blocks=50, block_size=4, dtype="float32", max_model_len=200)
     return LLM(read_artifact(tiny_model), settings)
 
 
@@ -103,11 +103,12 @@ def test_answers_match_though_they_are_preempted_and_forked(llm: LLM) -> None:
     params = SamplingParams(
         120, temperature=1.3, seed=1, n=3, grammar=Grammar("regex", pattern), cache_salt="x"
     )
+    before = llm.engine.stats().preemptions
     made = llm.generate(["Say something", "And more"], params)
     assert len(made) == 6 and len({each.text for each in made}) == 6
     for each in made:
         assert each.finish_reason == "stop" and re.fullmatch(pattern, each.text), each.text
-    assert llm.engine.stats().preemptions > 0
+    assert llm.engine.stats().preemptions > before
     alone = llm.generate("Say something", params)
     assert [each.text for each in alone] == [each.text for each in made[:3]]
 
@@ -133,10 +134,10 @@ def test_a_json_answer_is_json(llm: LLM) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"],
               "additionalProperties": False}  # fmt: skip
     found = llm.generate(
-        "Hi", SamplingParams(60, seed=0, temperature=1.0, n=4, grammar=Grammar.json_schema(schema))
+        "Hi", SamplingParams(150, seed=0, n=4, grammar=Grammar.json_schema(schema))
     )
-    ended = [json.loads(each.text) for each in found if each.finish_reason == "stop"]
-    assert ended and all(each["a"] in (1, 2) for each in ended)
+    assert all(each.finish_reason == "stop" for each in found), "white space has an end"
+    assert all(json.loads(each.text)["a"] in (1, 2) for each in found)
 
 
 @pytest.mark.parametrize("values", [{"ignore_eos": True}, {"min_tokens": 2}], ids=str)

@@ -21,9 +21,7 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 
 
 def scored(n: int = 1, count: int = 2) -> SamplingParams:
-    return SamplingParams(
-        3, temperature=0, ignore_eos=True, prompt_logprobs=count, n=n, cache_salt=""
-    )
+    return SamplingParams(8, temperature=0, ignore_eos=True, prompt_logprobs=count, n=n)
 
 
 def finish(engine: Engine) -> dict[tuple[str, int], list[StepOutput]]:
@@ -59,7 +57,7 @@ def test_they_are_transformers(
     n: int,
 ) -> None:
     """Chunked, preempted, and once more when every block is known already."""
-    engine = make_engine(max_batch_tokens=budget, kv_blocks=12 if tight else 64)
+    engine = make_engine(max_batch_tokens=budget, kv_blocks=13 if tight else 64)
     prompts = [prompt_of(length, seed=length) for length in (1, 2, 4, 5, 16, 31, 40)]
     for _ in range(2):
         for index, prompt in enumerate(prompts):
@@ -101,5 +99,5 @@ def test_a_fault_in_the_prompt_ends_that_request(make_engine: MakeEngine) -> Non
     made = finish(engine)
     (output,) = made["bad", 0]
     assert output.finish_reason == "error" and "after token 2 are not finite" in str(output.error)
-    assert len(made["good", 0]) == 3
+    assert len(made["good", 0]) == 8
     assert engine.stats().blocks_used == 0
