@@ -21,16 +21,15 @@ class ModelRunner:
     def move_blocks(self, step: Step) -> None:
         """Save, copy and bring back the blocks that a step wants moved before it runs."""
         store = self.store
-        # Fetched first: what is saved now may push it out of the store.
-        wanted = [store.get(digest) for digest, _ in step.restores] if store is not None else []
         if store is not None and step.spills:
-            new = [spill for spill in step.spills if spill[1] not in store]
+            new = [spill for spill in step.spills if store.wants(spill[1])]
             for (_, digest), held in zip(new, self.cache.read([b for b, _ in new]), strict=True):
                 store.put(digest, held)
         if step.copies:
             self.cache.copy(step.copies)
         if step.restores:
-            self.cache.write([block for _, block in step.restores], wanted)
+            contents, targets = zip(*step.restores, strict=True)
+            self.cache.write(targets, contents)
 
     @torch.inference_mode()
     def run(self, inputs: StepInputs, rows: Tensor | None = None) -> Tensor:
