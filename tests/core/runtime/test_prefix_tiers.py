@@ -1,4 +1,7 @@
-"""What the pool gives up goes to host memory and to disk, and comes back, or is computed."""
+"""What the pool gives up goes to host memory and to disk, and comes back as it was or is computed.
+
+Preemption is by swap where there is a tier: only the last block, if it is not full, is lost.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -166,3 +169,32 @@ def test_what_does_not_fit_together_is_refused(make_engine: MakeEngine, tmp_path
     with pytest.raises(ResourceError, match="cannot write"):
         make_engine(prefix_disk=str(tmp_path / "file"))
 
+
+@pytest.mark.parametrize("tier", ["host", "disk", "both"])
+@pytest.mark.parametrize("budget", [7, 64])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_preempted_request_computes_less_than_a_block_again(
+    make_engine: MakeEngine, tmp_path: Path, tier: str, budget: int, n: int
+) -> None:
+    """Pools of every size that preempts: each time only the last block, if not full, is lost."""
+    params = SamplingParams(20, temperature=0, ignore_eos=True, n=n)
+    prompts = [prompt_of(length, seed=length) for length in (18, 19, 20, 21, 22)]
+    plenty = make_engine(kv_blocks=200, prefix_caching=False, max_batch_tokens=budget)
+    for index, prompt in enumerate(prompts):
+        plenty.add(str(index), prompt, params)
+    wanted = finish(plenty)
+    preempted = 0
+    for kv_blocks in range(11, 31, 2):
+        settings: dict[str, Any] = {}
+        if tier != "disk":
+            settings["prefix_host_bytes"] = 10**6 if tier == "host" else 20_000
+        if tier != "host":
+            settings["prefix_disk"] = str(tmp_path / str(kv_blocks))
+        engine = make_engine(kv_blocks=kv_blocks, max_batch_tokens=budget, **settings)
+        for index, prompt in enumerate(prompts):
+            engine.add(str(index), prompt, params)
+        assert finish(engine) == wanted
+        again = engine.stats().tokens - plenty.stats().tokens
+        assert again <= 3 * engine.stats().preemptions, kv_blocks
+        preempted += engine.stats().preemptions
+    assert preempted > 20
