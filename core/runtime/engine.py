@@ -128,14 +128,15 @@ class Engine:
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End a request, or one of its answers that has begun; the next step says so.
 
-        What is over, or never was, is left alone.
+        What is over, or never was, is left alone; so is the first of several answers as long as the
+        others are still to come from it.
         """
         if index is None or request_id in self._beams:
             if request_id in self._requests:
                 self._aborted += self._end_all(request_id, "abort")
             return
         for request in list(self._requests.get(request_id, ())):
-            if request.index == index:
+            if request.index == index and not request.forks:
                 self._finish(request)
                 self._aborted.append(StepOutput(request_id, finish_reason="abort", index=index))
 
