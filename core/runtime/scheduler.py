@@ -172,7 +172,7 @@ class Scheduler:
         """Seconds until the batch that gathers is due; 0 where none does."""
         if self.running or not self.waiting or self.rules.batching != "dynamic":
             return 0.0
-        if len(self.waiting) >= self.rules.max_running or self.waiting[0].joined:
+        if len(self.waiting) >= self.rules.max_running or any(r.joined for r in self.waiting):
             return 0.0
         oldest = min(request.arrived for request in self.waiting)
         return max(0.0, oldest + self.rules.batch_wait_s - self._clock())
@@ -196,11 +196,10 @@ class Scheduler:
 
     def _admit(self) -> None:
         continuous = self.rules.batching == "continuous"
-        forming = continuous or (not self.running and not self.gathers_for())
-        while self.waiting:
-            request = self.waiting[0]
-            if not (forming or request.joined):
-                return
+        # A batch all of which gave way is still under way.
+        begun = bool(self.running) or any(request.joined for request in self.waiting)
+        forming = continuous or not (begun or self.gathers_for())
+        while request := next((r for r in self.waiting if forming or r.joined), None):
             # A static batch is formed at once, even where its first step does not reach all.
             if not self._budget and (continuous or not forming):
                 return

@@ -123,6 +123,14 @@ class Random(RuleBasedStateMachine):
         )
         self.slots, self.live, self.count = blocks * block_size, [], 0
         self.tables: dict[Request, list[int]] = {}
+        self.moved: set[Request] = set()
+        preempt = self.scheduler._preempt
+
+        def noted(request: Request) -> None:
+            self.moved.add(request)  # it may be back within the same step
+            preempt(request)
+
+        self.scheduler._preempt = noted  # type: ignore[method-assign]
         self.held: set[Request] = set()
         """Beams that are computed and wait for others before they get their next tokens."""
 
