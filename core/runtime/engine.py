@@ -3,7 +3,6 @@
 import random
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,8 +20,7 @@ from infopt.core.runtime.block_pool import BlockPool
 from infopt.core.runtime.kv_cache import KVCache, blocks_that_fit, cache_dtype
 from infopt.core.runtime.model_runner import ModelRunner
 from infopt.core.runtime.prefix_cache import PrefixCache
-from infopt.core.runtime.prefix_disk import PrefixDisk, block_identity
-from infopt.core.runtime.prefix_store import PrefixStore
+from infopt.core.runtime.prefix_tiers import open_store
 from infopt.core.runtime.request import FinishReason, Request, SamplingParams, StepOutput
 from infopt.core.runtime.sampler import Choice, sample
 from infopt.core.runtime.scheduler import Rules, Scheduler
@@ -91,7 +89,7 @@ class Engine:
             config, blocks=blocks, block_size=settings.block_size, dtype=kept, device=device
         )
         return cls(
-            ModelRunner(decoder, cache, _store(artifact, settings, decoder, cache, kept)),
+            ModelRunner(decoder, cache, open_store(artifact, settings, decoder, cache, kept)),
             settings=settings,
             max_model_len=_held(limit, blocks * settings.block_size, settings),
             eos_token_ids=read_eos_token_ids(artifact),
@@ -175,6 +173,10 @@ class Engine:
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to say."""
         return bool(self._requests or self._aborted)
+
+    def save_prefixes(self) -> None:
+        """Put on disk, where `prefix_disk` is set, all that is known of prefixes."""
+        self._runner.save(self._pool.named())
 
     def stats(self) -> EngineStats:
         scheduler, store, meter = self._scheduler, self._runner.store, self._meter
@@ -314,38 +316,6 @@ def _step_bytes(decoder: Decoder, settings: EngineSettings, cached: torch.dtype)
             decoder, tokens=tokens, rows=rows, block_size=settings.block_size, cached=cached
         )
     return computed_step_bytes(decoder.config, tokens=tokens, rows=rows, dtype=decoder.dtype)
-
-
-def _store(
-    artifact: Artifact,
-    settings: EngineSettings,
-    decoder: Decoder,
-    cache: KVCache,
-    kept: torch.dtype,
-) -> PrefixStore | None:
-    """What lies below the pool; `kept` is the dtype of keys and values."""
-    disk = None
-    if settings.prefix_disk is not None:
-        shape, dtype = cache.block_shape, cache.dtype
-        identity = block_identity(
-            artifact,
-            decoder.device,
-            shape=shape,
-            dtype=dtype,
-            kept=str(kept),
-            computed=str(decoder.dtype),
-            deterministic=settings.deterministic,
-        )
-        disk = PrefixDisk(
-            Path(settings.prefix_disk).expanduser(),
-            settings.prefix_disk_limit,
-            identity=identity,
-            shape=shape,
-            dtype=dtype,
-        )
-    if disk is None and not settings.prefix_host_bytes:
-        return None
-    return PrefixStore(settings.prefix_host_bytes, disk)
 
 
 def _rules(settings: EngineSettings, blocks: int, window: int | None) -> Rules:

@@ -60,6 +60,11 @@ class PrefixStore:
             self.nbytes -= oldest.nbytes
             self._sink(name, oldest)
 
+    def sink(self) -> None:
+        """Put all of it on the disk as well."""
+        for digest, content in self._held.items():
+            self._sink(digest, content)
+
     def _sink(self, digest: bytes, content: Tensor) -> None:
         if self.below is not None:
             self.below.put(digest, content)

@@ -92,6 +92,28 @@ def test_a_restart_finds_what_was_evicted(
     assert hits_of(small)[1] == hits_of(small)[1] == small.stats().disk_bytes == 0
 
 
+@pytest.mark.parametrize("host_blocks", [0, 3, 100])
+def test_what_is_saved_at_the_end_is_found_whole(
+    make_engine: MakeEngine, tmp_path: Path, wanted: list[list[int]], host_blocks: int
+) -> None:
+    settings = {
+        "kv_blocks": 20,
+        "prefix_disk": str(tmp_path / "kv"),
+        "prefix_host_bytes": host_blocks * block_bytes(make_engine()),
+    }
+    engine = make_engine(**settings)
+    one_by_one(engine)
+    engine.add("x", prompt_of(9, seed=99), SamplingParams(NEW, temperature=0))
+    engine.step()  # of one that runs, too, as far as it is computed
+    for _ in range(2):
+        engine.save_prefixes()
+        engine.check()
+        files = sorted((tmp_path / "kv").iterdir())
+        assert len(files) == PROMPTS * ((LENGTH + NEW - 1) // 4) + 9 // 4
+    assert hits_of(make_engine(**settings)) == (wanted, PROMPTS * FULL)
+    make_engine(kv_blocks=20, prefix_host_bytes=10**6).save_prefixes()  # nowhere to: nothing
+
+
 def test_other_weights_other_formats_nothing_found(
     make_engine: MakeEngine, tiny_reference: tuple[Artifact, Any], tmp_path: Path
 ) -> None:
