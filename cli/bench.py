@@ -53,6 +53,8 @@ def bench(
     watermark: opt.Watermark = None,
     prefix_caching: opt.PrefixCaching = None,
     prefix_host_bytes: opt.PrefixHostBytes = None,
+    prefix_disk: opt.PrefixDisk = None,
+    prefix_disk_bytes: opt.PrefixDiskBytes = None,
     deterministic: opt.Deterministic = None,
     recipe: opt.RecipeFile = None,
     output: opt.ReportOutput = None,
@@ -94,6 +96,8 @@ def bench(
         "watermark": watermark,
         "prefix_caching": prefix_caching,
         "prefix_host_bytes": prefix_host_bytes,
+        "prefix_disk": prefix_disk,
+        "prefix_disk_bytes": prefix_disk_bytes,
         "deterministic": deterministic,
     }
     common = opt.Common(

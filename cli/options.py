@@ -195,6 +195,23 @@ PrefixHostBytes = Annotated[
         show_default="0",
     ),
 ]
+PrefixDisk = Annotated[
+    str | None,
+    typer.Option(
+        "--prefix-disk",
+        metavar="DIR",
+        help="A folder for prefixes that pool and host memory gave up; it outlives the server.",
+        show_default="none",
+    ),
+]
+PrefixDiskBytes = Annotated[
+    int | None,
+    typer.Option(
+        "--prefix-disk-bytes",
+        help="What that folder may hold.",
+        show_default="4 GiB",
+    ),
+]
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ def serve(
     watermark: opt.Watermark = None,
     prefix_caching: opt.PrefixCaching = None,
     prefix_host_bytes: opt.PrefixHostBytes = None,
+    prefix_disk: opt.PrefixDisk = None,
+    prefix_disk_bytes: opt.PrefixDiskBytes = None,
     deterministic: opt.Deterministic = None,
     ask: Annotated[
         list[str] | None,
@@ -76,6 +78,8 @@ def serve(
         "watermark": watermark,
         "prefix_caching": prefix_caching,
         "prefix_host_bytes": prefix_host_bytes,
+        "prefix_disk": prefix_disk,
+        "prefix_disk_bytes": prefix_disk_bytes,
         "deterministic": deterministic,
         "ask": tuple(ask) if ask else None,
     }

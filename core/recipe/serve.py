@@ -9,6 +9,7 @@ from infopt.core.recipe.text import Device, DType
 
 Batching = Literal["static", "dynamic", "continuous"]
 BATCH_WAIT_MS = 50.0
+PREFIX_DISK_BYTES = 4 * 2**30
 KvDType = Literal["auto", "int8", "fp8"]
 
 
@@ -39,6 +40,11 @@ class EngineSettings(Settings):
     """Find the blocks of a beginning that was computed before, in place of computing it again."""
     prefix_host_bytes: int = Field(default=0, ge=0)
     """Host memory for what evicted prefix blocks held; 0: none."""
+    prefix_disk: str | None = None
+    """A folder of its own for what those held, and what host memory then gives up; it outlives the
+    engine, and is found again by the next one of the same model."""
+    prefix_disk_bytes: int | None = Field(default=None, ge=1)
+    """What that folder may hold; default: 4 GiB."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Longest prompt plus output; default: the model's own limit."""
     deterministic: bool = False
@@ -53,11 +59,21 @@ class EngineSettings(Settings):
             raise ValueError("batch_wait_ms is for batching: dynamic")
         if self.prefix_host_bytes and not self.prefix_caching:
             raise ValueError("prefix_host_bytes needs prefix_caching")
+        if self.prefix_disk is not None and not self.prefix_caching:
+            raise ValueError("prefix_disk needs prefix_caching")
+        if self.prefix_disk == "":
+            raise ValueError("prefix_disk names no folder")
+        if self.prefix_disk_bytes is not None and self.prefix_disk is None:
+            raise ValueError("prefix_disk_bytes needs prefix_disk")
         return self
 
     @property
     def batch_wait_s(self) -> float:
         return (BATCH_WAIT_MS if self.batch_wait_ms is None else self.batch_wait_ms) / 1000
+
+    @property
+    def prefix_disk_limit(self) -> int:
+        return PREFIX_DISK_BYTES if self.prefix_disk_bytes is None else self.prefix_disk_bytes
 
 
 class ServeSettings(EngineSettings):

@@ -95,6 +95,17 @@ class BlockPool:
     def name_of(self, block: int) -> bytes | None:
         return self._names[block]
 
+    def named(self) -> list[tuple[int, bytes]]:
+        """All blocks that can be found, and their names: the free ones as they would go, then the
+        owned."""
+        ring, block = [], self._next[self.total]
+        while block != self.total:
+            ring.append(block)
+            block = self._next[block]
+        owned = [block for block in range(self.total) if self._owners[block]]
+        names = ((block, self._names[block]) for block in ring + owned)
+        return [(block, name) for block, name in names if name is not None]
+
     def forget(self, block: int) -> None:
         """Take the block's name away; it is found no more."""
         name, self._names[block] = self._names[block], None

@@ -23,13 +23,8 @@ from infopt.core.runtime.limits import held_sequence, longest_sequence
 from infopt.core.runtime.model_runner import ModelRunner
 from infopt.core.runtime.penalties import changes_logits
 from infopt.core.runtime.prefix_cache import PrefixCache
-from infopt.core.runtime.prefix_store import PrefixStore
-from infopt.core.runtime.request import (
-    FinishReason,
-    Request,
-    SamplingParams,
-    StepOutput,
-)
+from infopt.core.runtime.prefix_tiers import open_store
+from infopt.core.runtime.request import FinishReason, Request, SamplingParams, StepOutput
 from infopt.core.runtime.sampler import Choice, Draw, sample
 from infopt.core.runtime.scheduler import Rules, Scheduler
 from infopt.core.runtime.scoring import score
@@ -99,7 +94,6 @@ class Engine:
         cache = KVCache(
             config, blocks=blocks, block_size=settings.block_size, dtype=kept, device=device
         )
-        store = PrefixStore(settings.prefix_host_bytes) if settings.prefix_host_bytes else None
         ends = read_eos_token_ids(artifact)
 
         @functools.cache
@@ -107,7 +101,7 @@ class Engine:
             return GrammarCompiler(artifact.tokenizer(), config.vocab_size, ends)
 
         return cls(
-            ModelRunner(decoder, cache, store),
+            ModelRunner(decoder, cache, open_store(artifact, settings, decoder, cache, kept)),
             settings=settings,
             max_model_len=held_sequence(limit, blocks * settings.block_size, settings),
             eos_token_ids=ends,
@@ -147,14 +141,15 @@ class Engine:
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End a request, or one of its answers that has begun; the next step says so.
 
-        What is over, or never was, is left alone.
+        What is over, or never was, is left alone; so is the first of several answers as long as the
+        others are still to come from it.
         """
         if index is None or request_id in self._beams:
             if request_id in self._requests:
                 self._aborted += self._end_all(request_id, "abort")
             return
         for request in list(self._requests.get(request_id, ())):
-            if request.index == index:
+            if request.index == index and not request.forks:
                 self._finish(request)
                 self._aborted.append(StepOutput(request_id, finish_reason="abort", index=index))
 
@@ -195,6 +190,10 @@ class Engine:
         """Whether `step` has anything to do or to say."""
         return bool(self._requests or self._aborted)
 
+    def save_prefixes(self) -> None:
+        """Put on disk, where `prefix_disk` is set, all that is known of prefixes."""
+        self._runner.save(self._pool.named())
+
     def stats(self) -> EngineStats:
         scheduler, store, meter = self._scheduler, self._runner.store, self._meter
         return EngineStats(
@@ -205,6 +204,7 @@ class Engine:
             blocks_free=self._pool.free,
             blocks_cached=self._pool.cached,
             host_bytes=0 if store is None else store.nbytes,
+            disk_bytes=0 if store is None or store.below is None else store.below.nbytes,
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
             preemptions=scheduler.preemptions,

@@ -61,6 +61,16 @@ class KVCache:
                 "ask for fewer blocks: --kv-blocks",
             ) from error
 
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """Of what `read` gives for each block."""
+        return (len(self.layers), *self.layers[0].shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is stored: that of bytes where keys and values are kept in 8 bits."""
+        return self.layers[0].dtype
+
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks, each (source, target), in every layer."""
         sources, targets = (self._index(blocks) for blocks in zip(*pairs, strict=True))

@@ -1,5 +1,7 @@
 """Run the decoder over one batch."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,9 @@ from infopt.core.models.decoder import Decoder, StepInputs
 from infopt.core.runtime.kv_cache import KVCache
 from infopt.core.runtime.prefix_store import PrefixStore
 from infopt.core.runtime.scheduler import Step
+
+# Blocks that are in host memory beside the store while they are on their way to the disk.
+_SAVED_AT_ONCE = 16
 
 
 class ModelRunner:
@@ -21,16 +26,28 @@ class ModelRunner:
     def move_blocks(self, step: Step) -> None:
         """Save, copy and bring back the blocks that a step wants moved before it runs."""
         store = self.store
-        # Fetched first: what is saved now may push it out of the store.
-        wanted = [store.get(digest) for digest, _ in step.restores] if store is not None else []
         if store is not None and step.spills:
-            new = [spill for spill in step.spills if spill[1] not in store]
+            new = [spill for spill in step.spills if store.wants(spill[1])]
             for (_, digest), held in zip(new, self.cache.read([b for b, _ in new]), strict=True):
                 store.put(digest, held)
         if step.copies:
             self.cache.copy(step.copies)
         if step.restores:
-            self.cache.write([block for _, block in step.restores], wanted)
+            contents, targets = zip(*step.restores, strict=True)
+            self.cache.write(targets, contents)
+
+    @torch.inference_mode()
+    def save(self, named: Sequence[tuple[int, bytes]]) -> None:
+        """Put on disk what host memory and these blocks hold, if there is a disk."""
+        if self.store is None or self.store.below is None:
+            return
+        self.store.sink()
+        new = [(block, name) for block, name in named if name not in self.store.below]
+        for start in range(0, len(new), _SAVED_AT_ONCE):
+            some = new[start : start + _SAVED_AT_ONCE]
+            contents = self.cache.read([block for block, _ in some])
+            for (_, name), content in zip(some, contents, strict=True):
+                self.store.below.put(name, content)
 
     @torch.inference_mode()
     def run(self, inputs: StepInputs, rows: Tensor | None = None) -> Tensor:

@@ -5,6 +5,8 @@ import hashlib
 from collections.abc import Sequence
 from typing import Protocol
 
+from torch import Tensor
+
 from infopt.core.runtime.block_pool import NO_BLOCK, BlockPool
 from infopt.core.runtime.request import Request
 
@@ -13,6 +15,9 @@ class Tier(Protocol):
     """Where the contents of evicted blocks may still be."""
 
     def __contains__(self, digest: bytes) -> bool: ...
+
+    def get(self, digest: bytes) -> Tensor | None:
+        """None where it cannot be had after all; it is then no longer contained."""
 
 
 def root_digest(salt: str) -> bytes:
@@ -42,10 +47,10 @@ class PrefixCache:
     def __init__(self, pool: BlockPool, block_size: int, tier: Tier | None = None) -> None:
         self._pool = pool
         self._block_size = block_size
-        self._tier: Tier | tuple[()] = () if tier is None else tier
+        self._tier = tier
 
     def match(self, request: Request) -> list[int | None]:
-        """The blocks of the longest known prefix; None stands for one that the second tier holds.
+        """The blocks of the longest known prefix; None stands for one that a lower tier holds.
 
         At least the last token is left to compute, since its logits are wanted: where every token
         is known, the last block is not taken, so that nobody writes into a block of others. The
@@ -56,10 +61,21 @@ class PrefixCache:
         for index in range(limit):
             extend_digests(request.digests, request, self._block_size, index + 1)
             block = self._pool.find(request.digests[index])
-            if block is None and request.digests[index] not in self._tier:
+            if block is None and not self._lies_below(request.digests[index]):
                 break
             found.append(block)
         return found
+
+    def fetch(self, digests: Sequence[bytes]) -> list[Tensor] | None:
+        """What the lower tier holds under these; None where it has lost one, and says so now."""
+        found: list[Tensor] = []
+        # The last one first, so that it is the first to go: a prefix is longer of use.
+        for digest in reversed(digests):
+            content = None if self._tier is None else self._tier.get(digest)
+            if content is None:
+                return None
+            found.append(content)
+        return found[::-1]
 
     def publish(self, request: Request) -> None:
         """Name the blocks that have become full and computed."""
@@ -76,3 +92,6 @@ class PrefixCache:
             if block != NO_BLOCK:
                 self._pool.forget(block)
         request.published = len(request.tokens)
+
+    def _lies_below(self, digest: bytes) -> bool:
+        return self._tier is not None and digest in self._tier

@@ -6,6 +6,8 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from infopt.core.recipe.serve import Batching
 from infopt.core.runtime.block_pool import NO_BLOCK, BlockPool
 from infopt.core.runtime.prefix_cache import PrefixCache
@@ -34,8 +36,9 @@ class Step:
     """Blocks about to be overwritten, and the names of what they hold until then."""
     copies: list[tuple[int, int]] = field(default_factory=list)
     """(source, target): blocks that are written into, and were shared; no target is a source."""
-    restores: list[tuple[bytes, int]] = field(default_factory=list)
-    """What the second tier holds under this name, into this block."""
+    restores: list[tuple[Tensor, int]] = field(default_factory=list)
+    """What a lower tier held, into this block. Fetched already: a file can be lost at any time, and
+    what it held is then work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ class Scheduler:
         self._budget = 0
         self._planned: dict[Request, int] = {}
         self._copies: dict[int, int] = {}
-        self._restores: dict[int, bytes] = {}
+        self._restores: dict[int, Tensor] = {}
 
     def add(self, request: Request) -> None:
         """Queue a request; the caller has seen that the whole pool can hold it at its longest."""
@@ -153,7 +156,7 @@ class Scheduler:
             [Work(request, tokens) for request, tokens in self._planned.items()],
             spills,
             [(source, target) for target, source in self._copies.items()],
-            [(digest, target) for target, digest in self._restores.items()],
+            [(content, target) for target, content in self._restores.items()],
         )
 
     def advance(self, step: Step) -> None:
@@ -169,7 +172,7 @@ class Scheduler:
         """Seconds until the batch that gathers is due; 0 where none does."""
         if self.running or not self.waiting or self.rules.batching != "dynamic":
             return 0.0
-        if len(self.waiting) >= self.rules.max_running or self.waiting[0].joined:
+        if len(self.waiting) >= self.rules.max_running or any(r.joined for r in self.waiting):
             return 0.0
         oldest = min(request.arrived for request in self.waiting)
         return max(0.0, oldest + self.rules.batch_wait_s - self._clock())
@@ -193,18 +196,17 @@ class Scheduler:
 
     def _admit(self) -> None:
         continuous = self.rules.batching == "continuous"
-        forming = continuous or (not self.running and not self.gathers_for())
-        while self.waiting:
-            request = self.waiting[0]
-            if not (forming or request.joined):
-                return
+        # A batch all of which gave way is still under way.
+        begun = bool(self.running) or any(request.joined for request in self.waiting)
+        forming = continuous or not (begun or self.gathers_for())
+        while request := next((r for r in self.waiting if forming or r.joined), None):
             # A static batch is formed at once, even where its first step does not reach all.
             if not self._budget and (continuous or not forming):
                 return
             if not self._fits(request) and not (continuous and self._yield_to(request)):
                 return
-            self._let_in(request)
-            self._plan(request)
+            if self._let_in(request):
+                self._plan(request)
 
     def _fits(self, request: Request) -> bool:
         """Whether there is a seat, and blocks for all known tokens and the watermark."""
@@ -231,16 +233,27 @@ class Scheduler:
             self._preempt(self.running[-1])
         return True
 
-    def _let_in(self, request: Request) -> None:
-        """Give it blocks for all its known tokens, those that others computed first."""
+    def _let_in(self, request: Request) -> bool:
+        """Give it blocks for all its known tokens, those that others computed first.
+
+        False where a lower tier has lost what it was said to hold: nothing is done, and whether the
+        request fits is to be judged again.
+        """
         known = self._prefix.match(request) if self._prefix is not None else []
+        below = [index for index, block in enumerate(known) if block is None]
+        contents: list[Tensor] | None = []
+        if self._prefix is not None:
+            contents = self._prefix.fetch([request.digests[index] for index in below])
+        if contents is None:
+            return False
+        fetched = dict(zip(below, contents, strict=True))
         for block in known:
             if block is not None:  # owned before any is taken, lest it be taken for the others
                 self.pool.share(block)
         for index, block in enumerate(known):
             if block is None:
                 block = self._take(1)[0]
-                self._restores[block] = request.digests[index]
+                self._restores[block] = fetched[index]
             request.blocks.append(block)
         request.computed = len(known) * self.block_size
         if not request.joined:
@@ -250,6 +263,7 @@ class Scheduler:
         self._grow(request, len(request.tokens))
         self.waiting.remove(request)
         insort(self.running, request, key=_order)
+        return True
 
     def _make_room(self, request: Request, length: int) -> bool:
         """Get blocks for `length` tokens, preempting the last; False if that is the request."""

@@ -15,7 +15,9 @@ class EngineStats:
     blocks_cached: int
     """Free blocks whose contents can still be found."""
     host_bytes: int
-    """Held by the second tier of the prefix cache."""
+    """Held by the prefix cache's tier in host memory."""
+    disk_bytes: int
+    """Held by its tier on disk, whichever model they are of."""
     prefix_queries: int
     """Tokens that requests came with."""
     prefix_hits: int

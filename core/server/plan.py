@@ -49,6 +49,10 @@ def plan_serve(artifact: Artifact, settings: EngineSettings) -> Plan:
     if settings.prefix_host_bytes:
         held = _size(settings.prefix_host_bytes)
         actions.append(f"keep up to {held} of prefixes that the cache gave up in host memory")
+    if settings.prefix_disk is not None:
+        held = _size(settings.prefix_disk_limit)
+        folder = settings.prefix_disk
+        actions.append(f"keep up to {held} of prefixes that memory gave up in {folder}")
     if kept != dtype:
         form = "int8" if kept == torch.int8 else "fp8"
         scales = "its own scales" if kv_format(artifact) == form else "a scale a head and token"

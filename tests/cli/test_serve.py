@@ -20,6 +20,7 @@ OTHERS: list[dict[str, Any]] = [
     {"max_running": 3, "max_model_len": 128, "watermark": 0.2, "port": 0, "model_name": "m"},
     {"host": "::1", "device": "cpu", "dtype": "float32", "seed": 7},
     {"kv_dtype": "int8", "deterministic": True},
+    {"prefix_disk": "some/where", "prefix_disk_bytes": 2**20},
 ]
 
 
@@ -55,6 +56,8 @@ def test_every_setting_is_among_them() -> None:
         (["--batch-wait-ms", "5"], "batch_wait_ms is for batching: dynamic"),
         (["--batching", "static", "--batch-wait-ms", "5"], "batch_wait_ms is for batching"),
         (["--no-prefix-caching", "--prefix-host-bytes", "9"], "needs prefix_caching"),
+        (["--no-prefix-caching", "--prefix-disk", "x"], "prefix_disk needs prefix_caching"),
+        (["--prefix-disk-bytes", "9"], "prefix_disk_bytes needs prefix_disk"),
         (["--batching", "sometimes"], "sometimes"),
         (["--watermark", "1.0"], "watermark"),
         (["--max-chunk-tokens", "0"], "max_chunk_tokens"),

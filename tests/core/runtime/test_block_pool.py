@@ -197,3 +197,17 @@ def test_check_finds_what_is_out_of_order() -> None:
 def test_an_empty_pool_is_refused() -> None:
     with pytest.raises(UsageError):
         BlockPool(0)
+
+
+def test_the_named_are_told_as_they_would_go_and_the_owned_last() -> None:
+    pool = BlockPool(6)
+    blocks = pool.take(5)
+    for block in blocks[:4]:
+        pool.name(block, bytes([block]))
+    pool.release([blocks[2]])
+    pool.release(blocks[:2])
+    free = [blocks[2], blocks[1], blocks[0]]
+    assert pool.named() == [(block, bytes([block])) for block in [*free, blocks[3]]]
+    pool.release(blocks[3:])
+    pool.take(pool.free)
+    assert [block for block, _ in pool.evicted] == [*free, blocks[3]] and pool.named() == []

@@ -94,14 +94,14 @@ def test_what_says_nothing_is_refused(kind: Any, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def llm(tiny_model: Path) -> LLM:
-    settings = EngineSettings(kv_blocks=50, block_size=4, dtype="float32", max_model_len=200)
+    settings = EngineSettings(kv_blocks=30, block_size=4, dtype="float32", max_model_len=120)
     return LLM(read_artifact(tiny_model), settings)
 
 
 def test_answers_match_though_they_are_preempted_and_forked(llm: LLM) -> None:
     pattern = r"[a-z]{3,40}( [a-z]{2,5}){5}\."
     params = SamplingParams(
-        120, temperature=1.3, seed=1, n=3, grammar=Grammar("regex", pattern), cache_salt="x"
+        100, temperature=1.3, seed=1, n=3, grammar=Grammar("regex", pattern), cache_salt="x"
     )
     before = llm.engine.stats().preemptions
     made = llm.generate(["Say something", "And more"], params)
@@ -134,7 +134,7 @@ def test_a_json_answer_is_json(llm: LLM) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"],
               "additionalProperties": False}  # fmt: skip
     found = llm.generate(
-        "Hi", SamplingParams(150, seed=0, n=4, grammar=Grammar.json_schema(schema))
+        "Hi", SamplingParams(110, seed=0, n=4, grammar=Grammar.json_schema(schema))
     )
     assert all(each.finish_reason == "stop" for each in found), "white space has an end"
     assert all(json.loads(each.text)["a"] in (1, 2) for each in found)

@@ -42,9 +42,13 @@ def test_a_block_that_is_overwritten_is_saved_as_it_was(make_engine: Callable[..
     assert runner.store is not None
     runner.move_blocks(Step([], spills=[(1, b"one"), (4, b"four")]))
     assert len(runner.store) == 2
-    runner.move_blocks(Step([], [(5, b"five")], copies=[(2, 5)], restores=[(b"one", 6)]))
+    one = runner.store.get(b"one")
+    assert one is not None
+    runner.move_blocks(Step([], [(5, b"five")], copies=[(2, 5)], restores=[(one, 6)]))
     assert held(runner, 5) == [2, 102] and held(runner, 6) == [1, 101]
-    runner.move_blocks(Step([], restores=[(b"five", 0), (b"four", 1)]))
+    five, four = runner.store.get(b"five"), runner.store.get(b"four")
+    assert five is not None and four is not None
+    runner.move_blocks(Step([], restores=[(five, 0), (four, 1)]))
     assert held(runner, 0) == [5, 105] and held(runner, 1) == [4, 104]
 
 
@@ -55,9 +59,12 @@ def test_what_is_brought_back_survives_that_saving_pushes_it_out(
     one = sum(layer[0].nbytes for layer in engine._runner.cache.layers)
     runner = runner_with(engine, one)
     runner.move_blocks(Step([], spills=[(1, b"one")]))
-    runner.move_blocks(Step([], spills=[(3, b"three")], restores=[(b"one", 3)]))
+    assert runner.store is not None
+    content = runner.store.get(b"one")
+    assert content is not None
+    runner.move_blocks(Step([], spills=[(3, b"three")], restores=[(content, 3)]))
     assert held(runner, 3) == [1, 101]
-    assert runner.store is not None and b"one" not in runner.store and b"three" in runner.store
+    assert b"one" not in runner.store and b"three" in runner.store
     assert runner.store.nbytes == one
 
 

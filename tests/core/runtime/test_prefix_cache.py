@@ -84,13 +84,15 @@ def test_nothing_is_shared_across_salts() -> None:
 
 def test_the_second_tier_fills_gaps() -> None:
     pool = BlockPool(8)
-    held: set[bytes] = set()
+    held: dict[bytes, torch.Tensor] = {}
     cache = PrefixCache(pool, 2, held)
     owner = computed(pool, cache, [1, 2, 3, 4, 5, 6])
-    held.add(owner.digests[1])
+    held[owner.digests[1]] = torch.ones(1)
     pool.forget(owner.blocks[1])
     again = make_request([1, 2, 3, 4, 5, 6, 7])
     assert cache.match(again) == [owner.blocks[0], None, owner.blocks[2]]
+    assert cache.fetch(owner.digests[1:2]) == [torch.ones(1)] and cache.fetch([]) == []
+    assert cache.fetch(owner.digests[:2]) is None, "one is not to be had"
     held.clear()
     assert cache.match(again) == [owner.blocks[0]]
 

@@ -277,6 +277,52 @@ def test_who_gave_way_finds_what_it_had_computed() -> None:
     assert scheduler.prefix_queries == 15, "a return is no query"
 
 
+class Lossy(dict[bytes, torch.Tensor]):
+    """A tier that holds what it has been given until it is asked for it."""
+
+    def get(self, digest: bytes) -> None:  # type: ignore[override]
+        self.pop(digest, None)
+
+
+def test_what_a_tier_has_lost_is_computed_and_found_room_for() -> None:
+    """The second block is another's, so that without the first one a block more is needed."""
+    scheduler = make_scheduler(blocks=4, caching=True)
+    assert scheduler._prefix is not None
+    scheduler._prefix._tier = tier = Lossy()
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    scheduler.add(make_request("owner", prompt))
+    run_step(scheduler)
+    owner = scheduler.running[0]
+    scheduler.pool.forget(owner.blocks[0])
+    tier[owner.digests[0]] = torch.zeros(1)
+    scheduler.add(make_request("again", prompt))
+    assert scheduler._wanted(scheduler.waiting[0]) == 2 > scheduler.pool.free == 1
+    scheduler.remove(owner)
+    assert scheduler._wanted(scheduler.waiting[0]) == 3
+    step = compute(scheduler)
+    assert shares(step) == {"again": 9} and step.restores == [] and not tier
+    assert scheduler.prefix_hits == 0
+
+
+def test_who_no_longer_fits_without_what_was_lost_waits() -> None:
+    scheduler = make_scheduler(blocks=5, caching=True)
+    assert scheduler._prefix is not None
+    scheduler._prefix._tier = tier = Lossy()
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    scheduler.add(make_request("owner", prompt))
+    run_step(scheduler)
+    owner = scheduler.running[0]
+    scheduler.pool.forget(owner.blocks[0])
+    tier[owner.digests[0]] = torch.zeros(1)
+    scheduler.add(make_request("again", prompt))
+    # It would fit: one block is restored, one shared, one its own. Without the first, it has none.
+    assert scheduler._fits(scheduler.waiting[0]) and scheduler.pool.free == 2
+    assert run_step(scheduler) == {"owner": 1}
+    assert names(scheduler.waiting) == ["again"] and not tier
+    scheduler.remove(owner)
+    assert run_step(scheduler) == {"again": 9}
+
+
 def test_a_fork_copies_the_block_that_it_writes_into_and_no_other() -> None:
     scheduler = make_scheduler()
     parent = make_request("p", 6)

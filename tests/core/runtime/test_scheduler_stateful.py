@@ -23,7 +23,14 @@ Slot = tuple[int, ...] | None
 
 
 class Store(OrderedDict[bytes, list[Slot]]):
-    """The second tier, of a few blocks."""
+    """A lower tier, of a few blocks, some of which turn out to be lost when they are wanted."""
+
+    lost: frozenset[bytes] = frozenset()
+
+    def get(self, digest: bytes) -> list[Slot] | None:  # type: ignore[override]
+        if digest in self.lost:
+            self.pop(digest, None)
+        return super().get(digest)
 
     def keep(self, digest: bytes, content: list[Slot]) -> None:
         self[digest] = content
@@ -39,7 +46,6 @@ class Memory:
         self.blocks: list[list[Slot]] = [[None] * block_size for _ in range(blocks)]
 
     def run(self, step: Step) -> None:
-        wanted = [self.store[digest] for digest, _ in step.restores]
         for block, digest in step.spills:
             if digest not in self.store:
                 self.store.keep(digest, list(self.blocks[block]))
@@ -48,7 +54,7 @@ class Memory:
         assert targets.isdisjoint(source for source, _ in step.copies)
         for source, target in step.copies:
             self.blocks[target] = list(self.blocks[source])
-        for (_, block), content in zip(step.restores, wanted, strict=True):
+        for content, block in step.restores:
             self.blocks[block] = list(content)
         for item in step.work:  # keys and values are written before any of them is read
             for position in self.span(item.request, item.tokens):
@@ -117,6 +123,14 @@ class Random(RuleBasedStateMachine):
         )
         self.slots, self.live, self.count = blocks * block_size, [], 0
         self.tables: dict[Request, list[int]] = {}
+        self.moved: set[Request] = set()
+        preempt = self.scheduler._preempt
+
+        def noted(request: Request) -> None:
+            self.moved.add(request)  # it may be back within the same step
+            preempt(request)
+
+        self.scheduler._preempt = noted  # type: ignore[method-assign]
         self.held: set[Request] = set()
         """Beams that are computed and wait for others before they get their next tokens."""
 
@@ -191,6 +205,12 @@ class Random(RuleBasedStateMachine):
     def evict(self, data: st.DataObject) -> None:
         pool = self.scheduler.pool
         pool.release(pool.take(data.draw(st.integers(0, pool.free))))
+
+    @precondition(lambda self: self.store)
+    @rule(data=st.data())
+    def lose(self, data: st.DataObject) -> None:
+        """Nobody knows until it is wanted."""
+        self.store.lost = frozenset(data.draw(st.sets(st.sampled_from(sorted(self.store)))))
 
     @rule(seconds=st.sampled_from([0.5, 3.0]))
     def wait(self, seconds: float) -> None:

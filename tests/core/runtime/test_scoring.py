@@ -1,5 +1,6 @@
 """Log probabilities of the prompt are those of transformers, however it is run."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -98,6 +99,8 @@ def test_a_fault_in_the_prompt_ends_that_request(make_engine: MakeEngine) -> Non
     engine.add("good", [5, 6, 8], scored())
     made = finish(engine)
     (output,) = made["bad", 0]
-    assert output.finish_reason == "error" and "after token 2 are not finite" in str(output.error)
+    # The token before it may be spoiled too, by a masked product of nothing and NaN.
+    assert output.finish_reason == "error" and output.error is not None
+    assert re.match("the logits after token [12] are not finite", output.error)
     assert len(made["good", 0]) == 8
     assert engine.stats().blocks_used == 0

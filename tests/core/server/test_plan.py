@@ -49,3 +49,7 @@ def test_a_second_tier_takes_memory_too(tiny_model: Path) -> None:
     tiered = plan_serve(read_artifact(tiny_model), more)
     assert tiered.memory_bytes - plan.memory_bytes == 2**30
     assert "1.00 GiB of prefixes" in tiered.actions[2]
+    more = settings.model_copy(update={"prefix_disk": "some/where"})
+    on_disk = plan_serve(read_artifact(tiny_model), more)
+    assert on_disk.memory_bytes == plan.memory_bytes
+    assert "4.00 GiB of prefixes" in on_disk.actions[2] and "some/where" in on_disk.actions[2]
