@@ -12,7 +12,7 @@ from infopt.core.errors import UnsupportedError, UsageError
 
 GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
 # Room for indentation, and an end: a weak model would go on with white space to its last token.
-_JSON = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,20}"}
+_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 _EIGHT = torch.arange(8, dtype=torch.uint8)
 
 
@@ -107,10 +107,9 @@ def _source(grammar: Grammar) -> str:
     try:
         match grammar.kind:
             case "json_schema":
-                return str(LLMatcher.grammar_from_json_schema(grammar.text, overrides=_JSON))
+                return _json_source(grammar.text)
             case "json_object":
-                any_object = {"type": "object"}
-                return str(LLMatcher.grammar_from_json_schema(any_object, overrides=_JSON))
+                return _json_source('{"type": "object"}')
             case "regex":
                 return str(LLMatcher.grammar_from_regex(grammar.text))
             case "lark":
@@ -124,3 +123,10 @@ def _source(grammar: Grammar) -> str:
                 return str(LLMatcher.grammar_from_lark(f"start: {' | '.join(literals)}"))
     except ValueError as error:
         raise UsageError(f"the {grammar.kind} is refused: {error}") from error
+
+
+def _json_source(schema: str) -> str:
+    from llguidance import LLMatcher
+
+    overrides: Any = {"whitespace_pattern": _WHITE_SPACE}
+    return str(LLMatcher.grammar_from_json_schema(schema, overrides=overrides))

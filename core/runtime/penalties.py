@@ -1,5 +1,6 @@
 """What is done to a request's logits before a token is chosen from them."""
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 import torch
@@ -34,8 +35,9 @@ def penalized(
         values, factor = logits[seen], params.repetition_penalty
         logits[seen] = torch.where(values > 0, values / factor, values * factor)
     if answer and (params.presence_penalty or params.frequency_penalty):
-        tokens, counts = _tensor(answer, logits).unique(return_counts=True)
-        logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts
+        counts = Counter(answer)
+        taken = [params.presence_penalty + params.frequency_penalty * n for n in counts.values()]
+        logits[_tensor(counts, logits)] -= torch.tensor(taken, device=logits.device)
     return logits
 
 
