@@ -37,6 +37,11 @@ class MedusaTargets(StrEnum):
     text = "text"
 
 
+class MedusaStart(StrEnum):
+    least_squares = "least-squares"
+    copy_of_head = "copy"
+
+
 class MedusaProjection(StrEnum):
     shared = "shared"
     own = "own"
@@ -156,6 +161,15 @@ def distill(
             show_default="shared",
         ),
     ] = None,
+    medusa_start: Annotated[
+        MedusaStart | None,
+        typer.Option(
+            "--medusa-start",
+            help="What an own projection begins as: lm_head after a linear guess at the state "
+            "further on, or a copy of lm_head.",
+            show_default="least-squares",
+        ),
+    ] = None,
     learning_rate: Annotated[
         float | None,
         typer.Option("--learning-rate", help="At its peak.", show_default="0.0003"),
@@ -272,6 +286,7 @@ def distill(
         "medusa_layers": medusa_layers,
         "medusa_targets": medusa_targets,
         "medusa_projection": medusa_projection,
+        "medusa_start": medusa_start,
         "learning_rate": learning_rate,
         "batch_tokens": batch_tokens,
         "micro_tokens": micro_tokens,

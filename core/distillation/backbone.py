@@ -133,6 +133,25 @@ class HeadsLearner:
             )
         return {"loss": medusa.medusa_loss(list(parts.values())), **parts}
 
+    @torch.no_grad()
+    def foresee(self, windows: Tensor, at_once: int) -> None:
+        """Let projections of their own begin by `medusa.foresight` on windows [n, length]."""
+        size, device = self.base.hidden_size, self.base.projection.weight.device
+        sums = torch.zeros(self.heads, 2, size, size, dtype=torch.float64, device=device)
+        for part in torch.split(windows, max(1, at_once // windows.shape[1])):
+            tokens = part.to(device)
+            states = self.base.states(tokens).double() * (tokens >= 0).unsqueeze(-1)
+            for k, (gram, cross) in enumerate(sums, 1):
+                # A pair of which one is no token adds nothing to either sum.
+                now = (states[:, :-k] * (tokens[:, k:] >= 0).unsqueeze(-1)).flatten(0, 1)
+                later = states[:, k:].flatten(0, 1)
+                gram.addmm_(now.T, now)
+                cross.addmm_(later.T, now)
+        table = self.base.projection.weight.float()
+        for head, (gram, cross) in enumerate(sums):
+            weight = table @ medusa.foresight(gram, cross).float()
+            self._learned[f"lm_heads.{head}.weight"].copy_(weight)
+
     def after_step(self) -> None:
         """Nothing is held."""
 

@@ -48,6 +48,8 @@ _PROVENANCE: dict[str, Origin] = {
 _TOP = 5
 _WATCHED = 4096
 """Held-out tokens that the loss is measured on during the training."""
+_FORESEEN = 16_384
+"""Tokens from whose states the projections' beginning is computed; more hardly change it."""
 _AT_ONCE = 2048
 """Tokens of one pass of a measurement."""
 _DENSE = ("bfloat16", "float16", "float32")
@@ -182,6 +184,11 @@ def _train(
     folder: Path,
     progress: ProgressCallback,
 ) -> TrainResult:
+    foretold = settings.medusa_projection == "own" and settings.medusa_start == "least-squares"
+    # What is resumed has left its beginning behind.
+    if foretold and not (folder.exists() and any(folder.iterdir())):
+        progress(Progress("foreseeing"))
+        learner.foresee(windows.train[: max(1, _FORESEEN // settings.sequence_length)], _AT_ONCE)
     watched = windows.held_out[: max(1, _WATCHED // windows.held_out.shape[1])]
     return train(
         learner,

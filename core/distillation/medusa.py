@@ -18,6 +18,7 @@ DECAY = 0.8
 NOTHING = -1
 """In the place of a token that is not known: it has no share of the loss or of a count."""
 _CHUNK_BYTES = 64 << 20
+_RIDGE = 1e-3
 
 Layers = Sequence[tuple[Tensor, Tensor]]
 """A head's layers, first to last: weight [h, h] and bias [h]."""
@@ -51,6 +52,17 @@ def head_states(states: Tensor, layers: Layers) -> Tensor:
     for weight, bias in layers:
         states = states + F.silu(F.linear(states, weight, bias))
     return states
+
+
+def foresight(gram: Tensor, cross: Tensor) -> Tensor:
+    """The linear map [h, h] that foretells a state further on with the least squared error.
+
+    gram: the sum of x_t x_t^T; cross: the sum of x_(t+k) x_t^T, both float64 [h, h]. lm_head after
+    that map is a better first guess at a token further on than lm_head itself: it need not unlearn
+    the next token first.
+    """
+    ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    return torch.linalg.solve(gram + ridge.to(gram.device), cross.T).T
 
 
 def ahead(follow: Tensor, k: int) -> Tensor:

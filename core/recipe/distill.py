@@ -81,6 +81,9 @@ class DistillSettings(TrainSettings):
     """What heads learn to guess: the model's own greedy tokens, or the text's."""
     medusa_projection: Literal["shared", "own"] = "shared"
     """The projection to the vocabulary: the model's, or one for each head."""
+    medusa_start: Literal["least-squares", "copy"] = "least-squares"
+    """What a projection of its own begins as: lm_head of the state further on, as a linear map
+    foretells it, or lm_head as it is."""
     steps: int = Field(default=1000, ge=1)
     device: Device = "auto"
     dtype: DType = "auto"
@@ -105,8 +108,12 @@ class DistillSettings(TrainSettings):
     def _without_student(self) -> str | None:
         if self.medusa_heads is not None:
             changed = [key for key in _OF_STUDENTS if self._is_set(key)]
-            return f"{changed[0]} is not read where medusa_heads are trained" if changed else None
-        for key in ("medusa_layers", "medusa_targets", "medusa_projection"):
+            if changed:
+                return f"{changed[0]} is not read where medusa_heads are trained"
+            if self.medusa_projection == "shared" and self._is_set("medusa_start"):
+                return "medusa_start is for medusa_projection: own"
+            return None
+        for key in ("medusa_layers", "medusa_targets", "medusa_projection", "medusa_start"):
             if self._is_set(key):
                 return f"{key} is not read without medusa_heads"
         if self.student is None and self.teacher is None:

@@ -134,6 +134,23 @@ def test_targets_are_the_bases_own_greedy_tokens(make_llama: MakeLlama) -> None:
     assert float(text.detach()) == pytest.approx(float(wanted), rel=1e-5)
 
 
+def test_heads_that_foresee_begin_nearer_to_their_targets(make_llama: MakeLlama) -> None:
+    """On the windows that they were fitted to; what is no token has no part in it."""
+    base = Backbone(load_transformers(make_llama(), torch.float32, CPU))
+    tokens = torch.randint(256, (6, 32), generator=torch.Generator().manual_seed(0))
+    plain, foretold, padded = (
+        HeadsLearner(base, 2, 1, own=True, targets="greedy") for _ in range(3)
+    )
+    foretold.foresee(tokens, 64)
+    before, after = plain.loss(tokens), foretold.loss(tokens)
+    for name in ("head 1", "head 2"):
+        assert float(after[name].detach()) < 0.97 * float(before[name].detach())
+    filler = torch.full((6, 8), -1)
+    padded.foresee(torch.cat([tokens, filler], dim=1), 40)
+    for name, value in foretold.parameters().items():
+        torch.testing.assert_close(padded.parameters()[name], value, atol=1e-4, rtol=1e-3)
+
+
 def test_untrained_heads_repeat_the_base(make_llama: MakeLlama) -> None:
     base = Backbone(load_transformers(make_llama(), torch.float32, CPU))
     learner = HeadsLearner(base, 3, 2, own=True, targets="text")

@@ -137,3 +137,15 @@ def test_the_baseline_knows_the_commonest_tokens_of_the_training() -> None:
     targets = torch.tensor([5, 1, 7, 5, NOTHING])
     assert medusa.unigram_share(seen, targets, 1, 10) == pytest.approx(2 / 4)
     assert medusa.unigram_share(seen, targets, 2, 10) == pytest.approx(3 / 4)
+
+
+def test_foresight_finds_the_map_that_states_follow() -> None:
+    generator = torch.Generator().manual_seed(0)
+    step = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64)).Q
+    states = [torch.randn(8, generator=generator, dtype=torch.float64)]
+    for _ in range(400):
+        noise = 0.01 * torch.randn(8, generator=generator, dtype=torch.float64)
+        states.append(step @ states[-1] + noise)
+    now, later = torch.stack(states[:-1]), torch.stack(states[1:])
+    found = medusa.foresight(now.T @ now, later.T @ now)
+    assert float((found - step).norm() / step.norm()) < 0.02

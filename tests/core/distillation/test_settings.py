@@ -59,6 +59,8 @@ def test_a_wrong_shape_is_refused(word: str, said: str) -> None:
         ({"medusa_heads": 2}, "student is not read"),
         ({"medusa_heads": 2, "student": None, "alpha": 0.5}, "alpha is not read"),
         ({"medusa_layers": 2}, "without medusa_heads"),
+        ({"medusa_start": "copy"}, "without medusa_heads"),
+        ({"medusa_heads": 2, "student": None, "medusa_start": "copy"}, "medusa_projection: own"),
         ({"medusa_heads": 0, "student": None}, "medusa_heads"),
         ({"steps": 0}, "steps"),
         ({"stepz": 5}, "did you mean 'steps'"),
