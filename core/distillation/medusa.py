@@ -62,7 +62,8 @@ def foresight(gram: Tensor, cross: Tensor) -> Tensor:
     the next token first.
     """
     ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.linalg.solve(gram + ridge.to(gram.device), cross.T).T
+    found: Tensor = torch.linalg.solve(gram + ridge.to(gram.device), cross.T)
+    return found.T
 
 
 def ahead(follow: Tensor, k: int) -> Tensor:

@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 from infopt.core.runtime.grammar import Grammar
 
 Schema = dict[str, Any]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class JsonSchema(BaseModel):
@@ -32,8 +33,12 @@ class ResponseFormat(BaseModel):
 
     @model_validator(mode="after")
     def _has_its_schema(self) -> "ResponseFormat":
-        schema = self.json_schema.schema_ if self.json_schema is not None else None
-        if (self.type == "json_schema") is not (schema is not None):
+        told = self.json_schema
+        if self.type == "json_schema":
+            told_right = told is not None and told.schema_ is not None
+        else:
+            told_right = told is None
+        if not told_right:
             raise PydanticCustomError(
                 "unsupported_value",
                 "{key} goes with json_schema.schema, and json_schema with it alone",
@@ -59,9 +64,9 @@ class StructuredOutputs(BaseModel):
 
     json_: Annotated[Schema | str | None, Field(alias="json")] = None
     json_object: bool | None = None
-    regex: Annotated[str, Field(min_length=1)] | None = None
-    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
-    grammar_: Annotated[str, Field(min_length=1, alias="grammar")] | None = None
+    regex: Text | None = None
+    choice: Annotated[list[Text], Field(min_length=1)] | None = None
+    grammar_: Annotated[Text | None, Field(alias="grammar")] = None
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "StructuredOutputs":

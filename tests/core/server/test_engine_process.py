@@ -36,7 +36,7 @@ class Fake:
         assert params.max_tokens is not None
         self.running[request_id] = [prompt[0], params.max_tokens, 0]
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, index: int | None = None) -> None:
         self.aborted.append(request_id)
         self.running.pop(request_id, None)
 
