@@ -50,7 +50,7 @@ from infopt.core.reports.distill import (
 )
 from infopt.core.reports.medusa import MedusaReport
 from infopt.core.reports.schema import Origin
-from infopt.core.runtime.engine import read_eos_token_ids
+from infopt.core.runtime.limits import read_eos_token_ids
 from infopt.core.training.artifact import trained_tensors
 from infopt.core.training.causal import held_out_nll
 from infopt.core.training.data import training_windows

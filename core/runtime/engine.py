@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from infopt.core.artifact.read import Artifact, read_json
+from infopt.core.artifact.read import Artifact
 from infopt.core.errors import UsageError
 from infopt.core.hardware.choose import choose_device, choose_dtype
-from infopt.core.models.config import ModelConfig, token_ids
+from infopt.core.models.config import ModelConfig
 from infopt.core.models.load import load_decoder
 from infopt.core.recipe.serve import EngineSettings
 from infopt.core.runtime.batch import Batch, build_batch
@@ -19,12 +19,18 @@ from infopt.core.runtime.beam_group import BeamGroup
 from infopt.core.runtime.block_pool import BlockPool
 from infopt.core.runtime.grammar import Constraint, Grammar, GrammarCompiler
 from infopt.core.runtime.kv_cache import KVCache, blocks_that_fit, cache_dtype
-from infopt.core.runtime.limits import held_sequence, longest_sequence
+from infopt.core.runtime.limits import held_sequence, longest_sequence, read_eos_token_ids
 from infopt.core.runtime.model_runner import ModelRunner
 from infopt.core.runtime.penalties import changes_logits
 from infopt.core.runtime.prefix_cache import PrefixCache
 from infopt.core.runtime.prefix_tiers import open_store
-from infopt.core.runtime.request import FinishReason, Request, SamplingParams, StepOutput
+from infopt.core.runtime.request import (
+    FinishReason,
+    Request,
+    SamplingParams,
+    StepOutput,
+    TokenLogprob,
+)
 from infopt.core.runtime.sampler import Choice, Draw, sample
 from infopt.core.runtime.scheduler import Rules, Scheduler
 from infopt.core.runtime.scoring import score
@@ -48,7 +54,8 @@ class Engine:
         grammars: Callable[[], GrammarCompiler] | None = None,
     ) -> None:
         self.max_model_len = max_model_len
-        self.eos_token_ids = eos_token_ids
+        vocabulary = runner.decoder.config.vocab_size
+        self.eos_token_ids = frozenset(token for token in eos_token_ids if token < vocabulary)
         self._runner = runner
         self._grammars = grammars
         self._pool = BlockPool(runner.cache.blocks)
@@ -121,6 +128,7 @@ class Engine:
             raise UsageError("the prompt is empty")
         self._check_tokens("the prompt has a token", prompt)
         self._check_tokens("logit_bias has a token", [token for token, _ in params.logit_bias])
+        self._check_tokens("stop_token_ids has a token", params.stop_token_ids)
         max_length = self._max_length(len(prompt), params.max_tokens)
         drawn = self._seeds.getrandbits(63)
         request = Request(
@@ -180,7 +188,8 @@ class Engine:
             logits = logits[torch.tensor(rows, dtype=torch.int64, device=logits.device)]
         choices = sample(logits, [self._draw(request) for request in requests])
         for request, choice, row in zip(requests, choices, rows, strict=True):
-            fault = self._unsampled(batch, row) if choice.token_id is None else ""
+            lost = choice.token_id is None and choice.fault is None
+            fault = self._unsampled(batch, row) if lost else choice.fault
             outputs.append(self._take(request, choice, fault))
         tokens = sum(item.tokens for item in step.work)
         self._meter.count(tokens, (began, scheduled, built, ran, time.perf_counter()))
@@ -321,7 +330,7 @@ class Engine:
         layer = self._runner.first_fault(batch.inputs, place)
         return f"the logits after token {length} are not finite: {layer} is the first that is not"
 
-    def _take(self, request: Request, choice: Choice, fault: str) -> StepOutput:
+    def _take(self, request: Request, choice: Choice, fault: str | None) -> StepOutput:
         """Add a chosen token to its request and see whether that ends it."""
         name, index, token = request.request_id, request.index, choice.token_id
         if token is None:
@@ -329,31 +338,27 @@ class Engine:
                 self._prefix.forget(request)
             self._finish(request)
             return StepOutput(name, finish_reason="error", error=fault, index=index)
+        told = _prompt_logprobs(request)
         if token in self._ends(request.params):
             self._finish(request)
-            return StepOutput(name, finish_reason="stop", index=index)
+            return StepOutput(name, finish_reason="stop", index=index, prompt_logprobs=told)
         request.tokens.append(token)
-        reason: FinishReason | None = None
-        if request.constraint is not None and not request.constraint.accept(token):
-            self._finish(request)
-            error = f"the grammar gave up on the answer at token {len(request.tokens)}"
-            return StepOutput(name, finish_reason="error", error=error, index=index)
-        if request.constraint is not None and request.constraint.is_over:
-            reason = "stop"
-        elif len(request.tokens) == request.max_length:
-            reason = "length"
+        reason, error = self._progress(request, token)
         if reason is not None:
             self._finish(request)
-        first = len(request.tokens) == request.prompt_length + 1
-        scored = request.params.prompt_logprobs is not None
-        return StepOutput(
-            name,
-            (token,),
-            reason,
-            logprobs=None if choice.logprob is None else (choice.logprob,),
-            index=index,
-            prompt_logprobs=tuple(request.prompt_logprobs) if first and scored else None,
-        )
+        if error is not None:
+            return StepOutput(name, finish_reason=reason, error=error, index=index)
+        logprobs = None if choice.logprob is None else (choice.logprob,)
+        return StepOutput(name, (token,), reason, None, logprobs, index, told)
+
+    def _progress(self, request: Request, token: int) -> tuple[FinishReason | None, str | None]:
+        """Whether a token that ends nothing by itself ends its answer all the same, and why."""
+        if request.constraint is not None:
+            if not request.constraint.accept(token):
+                return "error", f"the grammar gave up on the answer at {len(request.tokens)} tokens"
+            if request.constraint.is_over:
+                return "stop", None
+        return ("length" if len(request.tokens) == request.max_length else None), None
 
     def _ends(self, params: SamplingParams) -> frozenset[int]:
         """The tokens that end an answer."""
@@ -378,6 +383,13 @@ class Engine:
         return length
 
 
+def _prompt_logprobs(request: Request) -> tuple[TokenLogprob, ...] | None:
+    """What goes with the first output of the first answer, where it was asked for."""
+    first = len(request.tokens) == request.prompt_length and not request.index
+    asked = request.params.prompt_logprobs is not None
+    return tuple(request.prompt_logprobs) if first and asked else None
+
+
 def _rules(settings: EngineSettings, blocks: int, window: int | None) -> Rules:
     return Rules(
         max_batch_tokens=settings.max_batch_tokens,
@@ -388,10 +400,3 @@ def _rules(settings: EngineSettings, blocks: int, window: int | None) -> Rules:
         batch_wait_s=settings.batch_wait_s,
         window=window,
     )
-
-
-def read_eos_token_ids(artifact: Artifact) -> frozenset[int]:
-    """The tokens that end a sequence: of generation_config.json, else of config.json."""
-    file = artifact.path / "generation_config.json"
-    found = token_ids(read_json(file).get("eos_token_id")) if file.exists() else ()
-    return frozenset(found or token_ids(artifact.config.get("eos_token_id")))

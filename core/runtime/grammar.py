@@ -11,6 +11,8 @@ from torch import Tensor
 from infopt.core.errors import UnsupportedError, UsageError
 
 GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
+MAX_GRAMMAR = 64 * 1024
+"""Characters: grammars are compiled between two steps of the engine."""
 # Room for indentation, and an end: a weak model would go on with white space to its last token.
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 _EIGHT = torch.arange(8, dtype=torch.uint8)
@@ -30,12 +32,17 @@ class Grammar:
     def __post_init__(self) -> None:
         if self.kind not in ("json_schema", "json_object", "regex", "choice", "lark"):
             raise UsageError(f"there is no kind of grammar {self.kind!r}")
+        if len(self.text) > MAX_GRAMMAR:
+            raise UsageError(f"the {self.kind} is longer than {MAX_GRAMMAR:,} characters")
         if (self.kind == "json_object") is bool(self.text):
             raise UsageError(f"a grammar of kind {self.kind} with the text {self.text[:80]!r}")
 
     @staticmethod
     def json_schema(schema: dict[str, Any]) -> "Grammar":
-        return Grammar("json_schema", json.dumps(schema))
+        try:
+            return Grammar("json_schema", json.dumps(schema))
+        except RecursionError:
+            raise UsageError("the json_schema is nested too deeply") from None
 
     @staticmethod
     def choice(texts: Sequence[str]) -> "Grammar":
@@ -50,11 +57,17 @@ class Constraint:
         self._vocabulary = vocabulary
 
     def allowed(self) -> Tensor:
-        """bool [vocabulary]: the tokens that may come next, the end among them where it may."""
+        """bool [vocabulary]: the tokens that may come next, the end among them where it may.
+
+        None may where the grammar gave up.
+        """
         bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        out = torch.zeros(self._vocabulary, dtype=torch.bool)
+        if self._matcher.is_error():
+            # It ran into a limit of its own, and would pass an unfinished answer off as a match.
+            return out
         mask = ((bits[:, None] >> _EIGHT) & 1).bool().flatten()
         # Logits may be padded beyond the tokenizer's vocabulary, as its bits are to whole words.
-        out = torch.zeros(self._vocabulary, dtype=torch.bool)
         out[: len(mask)] = mask[: self._vocabulary]
         return out
 
@@ -118,8 +131,11 @@ def _source(grammar: Grammar) -> str:
                 texts = json.loads(grammar.text)
                 if not texts or not all(isinstance(text, str) and text for text in texts):
                     raise UsageError("a choice needs texts that are not empty")
-                # A literal of Lark is written as one of JSON is.
-                literals = (json.dumps(text, ensure_ascii=False) for text in texts)
+                # A literal of Lark is written as one of JSON is, but for one control character.
+                literals = (
+                    json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+                    for text in texts
+                )
                 return str(LLMatcher.grammar_from_lark(f"start: {' | '.join(literals)}"))
     except ValueError as error:
         raise UsageError(f"the {grammar.kind} is refused: {error}") from error

@@ -1,7 +1,8 @@
-"""How long a sequence may be."""
+"""How long a sequence may be, and which tokens end one."""
 
+from infopt.core.artifact.read import Artifact, read_json
 from infopt.core.errors import ResourceError, UsageError
-from infopt.core.models.config import ModelConfig
+from infopt.core.models.config import ModelConfig, token_ids
 from infopt.core.recipe.serve import EngineSettings
 
 
@@ -31,3 +32,10 @@ def held_sequence(limit: int, slots: int, settings: EngineSettings) -> int:
             "lower --max-model-len or raise --kv-blocks",
         )
     return min(limit, slots)
+
+
+def read_eos_token_ids(artifact: Artifact) -> frozenset[int]:
+    """The tokens that end a sequence: of generation_config.json, else of config.json."""
+    file = artifact.path / "generation_config.json"
+    found = token_ids(read_json(file).get("eos_token_id")) if file.exists() else ()
+    return frozenset(found or token_ids(artifact.config.get("eos_token_id")))

@@ -47,7 +47,6 @@ class _Answer:
 
     def take(self, output: StepOutput) -> None:
         self.tokens += output.token_ids
-        self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
         self.logprobs += output.logprobs or ()
         self.text += self.detokenizer.push(output.token_ids)
         self.reason = output.finish_reason
@@ -126,6 +125,10 @@ class LLM:
         if output.finish_reason == "error":
             prompt = [name for name, index in answers if index == 0].index(output.request_id)
             raise EngineError(f"prompt {prompt}: {output.error}")
+        if output.prompt_logprobs is not None:
+            for (name, _), each in answers.items():
+                if name == output.request_id:
+                    each.prompt_logprobs = output.prompt_logprobs
         answer.take(output)
         if output.finish_reason is None and answer.reason is not None:
             self.engine.abort(*key)

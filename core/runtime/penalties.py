@@ -28,8 +28,9 @@ def penalized(
     OpenAI has them.
     """
     logits = logits.clone()
-    for token, bias in params.logit_bias:
-        logits[token] += bias
+    if params.logit_bias:
+        tokens, biases = zip(*params.logit_bias, strict=True)
+        logits.index_add_(0, _tensor(tokens, logits), torch.tensor(biases, device=logits.device))
     if params.repetition_penalty != 1:
         seen = _tensor({*prompt, *answer}, logits)
         values, factor = logits[seen], params.repetition_penalty

@@ -13,6 +13,11 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
 MAX_BIAS = 100.0
+MAX_BIASED = 1024
+"""Tokens that one request may bias."""
+REPETITION = (0.01, 10.0)
+"""Beyond these, logits would leave what float32 holds."""
+MAX_LENGTH_PENALTY = 10.0
 _READ_BY_BEAMS = {
     *("max_tokens", "temperature", "stop_token_ids", "ignore_eos", "n", "priority", "cache_salt"),
     *("beam_width", "length_penalty", "early_stopping"),
@@ -99,8 +104,15 @@ class SamplingParams:
 
     def _check_logits(self) -> None:
         """Raise UsageError for what would not change the logits as it should."""
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise UsageError(f"repetition_penalty must be above 0 (got {self.repetition_penalty})")
+        least, most = REPETITION
+        if not least <= self.repetition_penalty <= most:
+            raise UsageError(
+                f"repetition_penalty must be from {least} to {most} (got {self.repetition_penalty})"
+            )
+        if len(self.logit_bias) > MAX_BIASED:
+            raise UsageError(
+                f"logit_bias is of {len(self.logit_bias)} tokens: {MAX_BIASED} at most"
+            )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             if not -2 <= value <= 2:
@@ -124,8 +136,9 @@ class SamplingParams:
             raise UsageError(
                 f'early_stopping must be true, false or "never" ({self.early_stopping!r})'
             )
-        if not math.isfinite(self.length_penalty):
-            raise UsageError(f"length_penalty must be finite (got {self.length_penalty})")
+        if not abs(self.length_penalty) <= MAX_LENGTH_PENALTY:
+            limits = f"from -{MAX_LENGTH_PENALTY:g} to {MAX_LENGTH_PENALTY:g}"
+            raise UsageError(f"length_penalty must be {limits} (got {self.length_penalty})")
         changed = {each.name for each in fields(self) if getattr(self, each.name) != each.default}
         if self.beam_width == 1:
             unread = changed & {"length_penalty", "early_stopping"}
@@ -165,7 +178,7 @@ class StepOutput:
     index: int = 0
     """Which of the request's answers, where it asked for several."""
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
-    """With the first token of an answer, if they were asked for."""
+    """With the first output of the first answer, if they were asked for: the prompt is one."""
 
 
 @dataclass(slots=True, eq=False)

@@ -12,14 +12,17 @@ from infopt.core.runtime.request import SamplingParams, TokenLogprob
 
 # The most likely tokens nearly always hold the nucleus, and are far cheaper to find than a sort.
 _WINDOW = 1024
+_NOTHING_LEFT = "no token may come next: the grammar gave up, or all that it allows is barred"
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A token, or None where the logits were not finite."""
+    """A token, or None where the logits were not finite, or nothing was left to choose."""
 
     token_id: int | None
     logprob: TokenLogprob | None = None
+    fault: str | None = None
+    """Why there is no token, unless it is the logits'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,8 @@ def _choose(logits: Tensor, best: int, draw: Draw) -> Choice:
             changed = penalized(logits, params, draw.prompt, draw.answer)
         changed = masked(changed, draw.allowed, draw.barred)
         best = int(changed.argmax())
+        if not math.isfinite(float(changed[best])):
+            return Choice(None, fault=_NOTHING_LEFT)
     token = best if params.temperature == 0 else _draw(changed, params, draw.generator)
     if params.logprobs is None:
         return Choice(token)

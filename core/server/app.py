@@ -20,6 +20,7 @@ from infopt.core.server.protocol import (
     ChatRequest,
     CompletionRequest,
     StreamOptions,
+    check_count,
     invalid,
 )
 from infopt.core.server.respond import ClientGone, EventStream, error_response, while_connected
@@ -95,6 +96,7 @@ def create_app(service: Service) -> FastAPI:
         prompts = await service.prompts.of_completion(body)
         asked = body.max_tokens or COMPLETION_TOKENS
         room = [service.prompts.room(prompt, asked, "prompt") for prompt in prompts]
+        check_count(len(prompts), body)
         params = [body.params(tokens) for tokens in room]
         echo = None
         if body.echo:

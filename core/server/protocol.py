@@ -6,7 +6,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from infopt.core.runtime.grammar import Grammar
-from infopt.core.runtime.request import MAX_BIAS, MAX_LOGPROBS, MAX_SAMPLES, SamplingParams
+from infopt.core.runtime.request import (
+    MAX_BIAS,
+    MAX_BIASED,
+    MAX_LENGTH_PENALTY,
+    MAX_LOGPROBS,
+    MAX_SAMPLES,
+    REPETITION,
+    SamplingParams,
+)
 from infopt.core.server.structured import ResponseFormat, StructuredOutputs
 
 # What OpenAI does where a client is silent.
@@ -18,6 +26,11 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
 # JSON has strings alone for keys.
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=False)]
+Bias = Annotated[
+    dict[TokenId, Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]], Field(max_length=MAX_BIASED)
+]
+MAX_ANSWERS = 2048
+"""Of one body: prompts times n."""
 
 
 def _strings(value: Any) -> Any:
@@ -80,20 +93,20 @@ class Body(BaseModel):
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]] | None = None
+    logit_bias: Bias | None = None
     response_format: ResponseFormat | None = None
     # Extensions that vLLM has under the same names.
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
     """0 and -1: no limit."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=REPETITION[0], le=REPETITION[1])] = 1.0
     ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0)] = 0
     stop_token_ids: TokenIds = []
     structured_outputs: StructuredOutputs | None = None
     use_beam_search: bool = False
     """The `n` best answers that a search with so many beams finds."""
-    length_penalty: float = 1.0
+    length_penalty: Annotated[float, Field(ge=-MAX_LENGTH_PENALTY, le=MAX_LENGTH_PENALTY)] = 1.0
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
     """Lower numbers come first."""
     cache_salt: str = ""
@@ -140,9 +153,25 @@ class Body(BaseModel):
                 "{key} contradicts response_format",
                 {"key": "structured_outputs"},
             )
+        return self
+
+    @model_validator(mode="after")
+    def _beams_are_read(self) -> "Body":
         if self.use_beam_search and self.stop:
             raise PydanticCustomError(
                 "unsupported_value", "{key} does nothing with use_beam_search", {"key": "stop"}
+            )
+        if self.use_beam_search and (self.n or 1) < 2:
+            raise PydanticCustomError(
+                "unsupported_value",
+                "{key} searches with n beams: it needs n of 2 or more",
+                {"key": "use_beam_search"},
+            )
+        if self.length_penalty != 1 and not self.use_beam_search:
+            raise PydanticCustomError(
+                "unsupported_value",
+                "{key} does nothing without use_beam_search",
+                {"key": "length_penalty"},
             )
         return self
 
@@ -282,6 +311,17 @@ def _is_text(value: Any) -> bool:
 def _same(value: Any, neutral: Any) -> bool:
     """Equal, and not merely as 1 equals True."""
     return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def check_count(prompts: int, body: Body) -> None:
+    """Raise ApiError for a body that asks for too many answers."""
+    if (count := prompts * (body.n or 1)) > MAX_ANSWERS:
+        raise ApiError(
+            400,
+            f"{count} answers in one request: at most {MAX_ANSWERS}, prompts times n",
+            param="prompt",
+            code="invalid_value",
+        )
 
 
 def invalid(fault: ErrorDetails) -> ApiError:

@@ -45,7 +45,6 @@ class _Answer:
         """A piece, if there is something to send."""
         self.tokens += len(output.token_ids)
         self.logprobs += output.logprobs or ()
-        self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
         text, reason = self.detokenizer.push(output.token_ids), output.finish_reason
         if reason is not None:
             text += self.detokenizer.finish()
@@ -85,6 +84,9 @@ async def pieces(
     outputs = engine.generate(prompt, params, ended)
     async with aclosing(outputs):
         async for output in outputs:
+            if output.prompt_logprobs is not None:
+                for answer in answers:
+                    answer.prompt_logprobs = output.prompt_logprobs
             piece = answers[output.index].take(output, first + output.index)
             if piece is not None:
                 yield piece

@@ -346,4 +346,5 @@ def test_experts_are_measured_together(tmp_path: Path) -> None:
         "mlp.experts.*",
     ]
     assert first[2].parameters == 4 * 3 * 32 * 64 and len(first[2].layers) == 12
-    assert all(rows[i].kl > rows[i + 1].kl > -1e-9 for i in range(0, len(rows), 2))
+    # Float32 rounds a KL of nothing to either side of 0.
+    assert all(rows[i].kl > rows[i + 1].kl > -1e-8 for i in range(0, len(rows), 2))

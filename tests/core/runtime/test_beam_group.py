@@ -165,6 +165,8 @@ def test_logits_that_are_not_finite_end_the_search(make_engine: MakeEngine) -> N
         ({"early_stopping": True}, "early_stopping does nothing without"),
         ({"early_stopping": "always"}, "early_stopping"),
         ({"length_penalty": float("inf")}, "length_penalty"),
+        ({"length_penalty": 1e308}, "length_penalty"),
+        ({"length_penalty": float("nan")}, "length_penalty"),
     ],
     ids=str,
 )

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from infopt.core.artifact.read import Artifact
 from infopt.core.errors import ResourceError, UsageError
 from infopt.core.recipe.serve import EngineSettings
-from infopt.core.runtime.engine import Engine, read_eos_token_ids
+from infopt.core.runtime.engine import Engine
+from infopt.core.runtime.limits import read_eos_token_ids
 from infopt.core.runtime.request import SamplingParams, StepOutput
 
 MakeEngine = Callable[..., Engine]
@@ -295,3 +296,23 @@ def test_end_of_sequence_tokens_of_the_generation_config_come_first(
     assert read_eos_token_ids(artifact) == {5}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     assert read_eos_token_ids(artifact) == {7, 9}
+
+
+def test_an_answer_that_nothing_can_continue_fails_alone(make_engine: MakeEngine) -> None:
+    """Every token would end it, and nothing may end it yet."""
+    engine = make_engine()
+    stuck = SamplingParams(8, min_tokens=4, stop_token_ids=tuple(range(97)))
+    engine.add("stuck", [1, 2], stuck)
+    engine.add("fine", [1, 2], SamplingParams(3, temperature=0, ignore_eos=True))
+    made: dict[str, list[Any]] = {"stuck": [], "fine": []}
+    while engine.has_work():
+        for output in engine.step():
+            made[output.request_id].append(output)
+    (failed,) = made["stuck"]
+    assert failed.finish_reason == "error" and "no token may come next" in failed.error
+    assert made["fine"][-1].finish_reason == "length" and engine.stats().blocks_used == 0
+
+
+def test_a_stop_token_beyond_the_vocabulary(make_engine: MakeEngine) -> None:
+    with pytest.raises(UsageError, match="stop_token_ids has a token that is not among"):
+        make_engine().add("x", [1], SamplingParams(stop_token_ids=(97,), min_tokens=1))

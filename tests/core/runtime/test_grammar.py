@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from infopt.core.artifact.read import read_artifact
-from infopt.core.errors import UsageError
+from infopt.core.errors import EngineError, UsageError
 from infopt.core.recipe.serve import EngineSettings
 from infopt.core.runtime.grammar import Constraint, Grammar, GrammarCompiler
 from infopt.core.runtime.llm import LLM
@@ -58,6 +58,7 @@ def test_a_copy_goes_its_own_way(compiler: GrammarCompiler, tokenizer: Any) -> N
         (Grammar.json_schema({"type": "array", "items": {"type": "integer"}}), "[1, 22, -3]"),
         (Grammar("lark", 'start: "x"~3'), "xxx"),
         (Grammar.choice(['"quoted"', "line\nbreak", "日本"]), "日本"),
+        (Grammar.choice(["a\x7fb", "\u2028"]), "a\x7fb"),
     ],
     ids=str,
 )
@@ -140,6 +141,26 @@ def test_a_json_answer_is_json(llm: LLM) -> None:
     )
     assert all(each.finish_reason == "stop" for each in found), "white space has an end"
     assert all(json.loads(each.text)["a"] in (1, 2) for each in found)
+
+
+def test_a_grammar_that_gives_up_is_an_error_and_no_match(llm: LLM) -> None:
+    """This one grows beyond llguidance's own limits after some thirty tokens."""
+    grammar = Grammar("regex", "((a{1,100}){1,100}){1,100}")
+    params = SamplingParams(100, temperature=0, grammar=grammar)
+    with pytest.raises(EngineError, match="gave up"):
+        llm.generate("a", params)
+    assert llm.engine.stats().blocks_used == 0
+    assert llm.generate("a", SamplingParams(2, temperature=0, ignore_eos=True))
+
+
+def test_a_grammar_too_long_or_too_deep() -> None:
+    with pytest.raises(UsageError, match="longer than 65,536"):
+        Grammar("regex", "a" * 70_000)
+    deep: dict[str, Any] = {}
+    for _ in range(100_000):
+        deep = {"not": deep}
+    with pytest.raises(UsageError, match="too deeply"):
+        Grammar.json_schema(deep)
 
 
 @pytest.mark.parametrize("values", [{"ignore_eos": True}, {"min_tokens": 2}], ids=str)

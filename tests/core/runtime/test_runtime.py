@@ -9,8 +9,9 @@ from infopt.core.artifact.read import Artifact
 from infopt.core.models.hf import load_transformers
 from infopt.core.models.load import load_decoder
 from infopt.core.recipe.serve import EngineSettings
-from infopt.core.runtime.engine import Engine, read_eos_token_ids
+from infopt.core.runtime.engine import Engine
 from infopt.core.runtime.kv_cache import KVCache
+from infopt.core.runtime.limits import read_eos_token_ids
 from infopt.core.runtime.model_runner import ModelRunner
 from infopt.core.runtime.request import SamplingParams
 

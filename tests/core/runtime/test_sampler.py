@@ -160,3 +160,14 @@ def test_token_logprobs_of_many_rows() -> None:
     assert [entry.logprob for entry in found] == pytest.approx(wanted.tolist())
     assert [entry.token_id for entry in found] == [3, 1, 0, 8]
     assert all(entry.top == () for entry in found)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+def test_where_nothing_may_come_next_there_is_no_token(temperature: float, top_p: float) -> None:
+    params = SamplingParams(temperature=temperature, top_p=top_p)
+    logits = torch.randn(2, 5, generator=seeded(1))
+    barred = Draw(params, seeded(0), barred=range(5))
+    nothing = Draw(params, seeded(0), allowed=torch.zeros(5, dtype=torch.bool))
+    for choice in sample(logits, [barred, nothing]):
+        assert choice.token_id is None and "no token may come next" in str(choice.fault)

@@ -67,8 +67,11 @@ def test_they_are_transformers(
         for index, prompt in enumerate(prompts):
             for answer in range(n):
                 first, *rest = made[str(index), answer]
-                check(first.prompt_logprobs, prompt, tiny_reference[1])
                 assert all(output.prompt_logprobs is None for output in rest)
+                if answer:
+                    assert first.prompt_logprobs is None, "told once"
+                else:
+                    check(first.prompt_logprobs, prompt, tiny_reference[1])
     assert (engine.stats().preemptions > 0) is tight
 
 
@@ -104,3 +107,14 @@ def test_a_fault_in_the_prompt_ends_that_request(make_engine: MakeEngine) -> Non
     assert re.match("the logits after token [12] are not finite", output.error)
     assert len(made["good", 0]) == 8
     assert engine.stats().blocks_used == 0
+
+
+def test_an_answer_that_ends_at_once_tells_them_too(
+    make_engine: MakeEngine, tiny_reference: tuple[Artifact, Any]
+) -> None:
+    engine = make_engine()
+    params = SamplingParams(5, temperature=0, prompt_logprobs=2, stop_token_ids=tuple(range(97)))
+    engine.add("x", prompt_of(9), params)
+    (output,) = finish(engine)["x", 0]
+    assert output.finish_reason == "stop" and output.token_ids == ()
+    check(output.prompt_logprobs, prompt_of(9), tiny_reference[1])
