@@ -29,11 +29,10 @@ from infopt.core.runtime.request import (
     Request,
     SamplingParams,
     StepOutput,
-    TokenLogprob,
 )
 from infopt.core.runtime.sampler import Choice, Draw, sample
 from infopt.core.runtime.scheduler import Rules, Scheduler
-from infopt.core.runtime.scoring import score
+from infopt.core.runtime.scoring import score, scores
 from infopt.core.runtime.stats import EngineStats, Meter
 from infopt.core.runtime.step_memory import step_bytes
 
@@ -338,7 +337,7 @@ class Engine:
                 self._prefix.forget(request)
             self._finish(request)
             return StepOutput(name, finish_reason="error", error=fault, index=index)
-        told = _prompt_logprobs(request)
+        told = scores(request)
         if token in self._ends(request.params):
             self._finish(request)
             return StepOutput(name, finish_reason="stop", index=index, prompt_logprobs=told)
@@ -381,13 +380,6 @@ class Engine:
                 "shorten the prompt, lower max_tokens, or raise --max-model-len or --kv-blocks",
             )
         return length
-
-
-def _prompt_logprobs(request: Request) -> tuple[TokenLogprob, ...] | None:
-    """What goes with the first output of the first answer, where it was asked for."""
-    first = len(request.tokens) == request.prompt_length and not request.index
-    asked = request.params.prompt_logprobs is not None
-    return tuple(request.prompt_logprobs) if first and asked else None
 
 
 def _rules(settings: EngineSettings, blocks: int, window: int | None) -> Rules:

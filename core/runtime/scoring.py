@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from infopt.core.runtime.request import Request
+from infopt.core.runtime.request import Request, TokenLogprob
 from infopt.core.runtime.sampler import token_logprobs
 
 # Rows whose logits are looked at in one go: those of a long chunk would be large.
@@ -31,3 +31,10 @@ def score(
         if sound < len(finite):
             return start + sound
     return None
+
+
+def scores(request: Request) -> tuple[TokenLogprob, ...] | None:
+    """What goes with the first output of the first answer, where it was asked for."""
+    first = len(request.tokens) == request.prompt_length and not request.index
+    asked = request.params.prompt_logprobs is not None
+    return tuple(request.prompt_logprobs) if first and asked else None
