@@ -17,7 +17,12 @@ from infopt.core.recipe.serve import EngineSettings
 from infopt.core.runtime.batch import Batch, build_batch
 from infopt.core.runtime.beam_group import BeamGroup
 from infopt.core.runtime.block_pool import BlockPool
-from infopt.core.runtime.grammar import Constraint, Grammar, GrammarCompiler
+from infopt.core.runtime.grammar import (
+    Constraint,
+    Grammar,
+    GrammarCompiler,
+    tokenizer_source,
+)
 from infopt.core.runtime.kv_cache import KVCache, blocks_that_fit, cache_dtype
 from infopt.core.runtime.limits import held_sequence, longest_sequence, read_eos_token_ids
 from infopt.core.runtime.model_runner import ModelRunner
@@ -104,7 +109,7 @@ class Engine:
 
         @functools.cache
         def grammars() -> GrammarCompiler:
-            return GrammarCompiler(artifact.tokenizer(), config.vocab_size, ends)
+            return GrammarCompiler(tokenizer_source(artifact), config.vocab_size, ends)
 
         return cls(
             ModelRunner(decoder, cache, open_store(artifact, settings, decoder, cache, kept)),

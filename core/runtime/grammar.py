@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
+from infopt.core.artifact.read import Artifact
 from infopt.core.errors import UnsupportedError, UsageError
 
 GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
@@ -84,19 +86,41 @@ class Constraint:
         return Constraint(self._matcher.deep_copy(), self._vocabulary)
 
 
+def tokenizer_source(artifact: Artifact) -> str:
+    """An artifact's tokenizer as JSON, read without transformers where it has a tokenizer.json.
+
+    transformers takes seconds to import, and this may be called between two steps. Raises
+    UnsupportedError for a tokenizer that is not of the `tokenizers` library.
+    """
+    file = artifact.path / "tokenizer.json"
+    found: Any
+    if file.exists():
+        found = Tokenizer.from_file(str(file))
+    else:
+        found = getattr(artifact.tokenizer(), "backend_tokenizer", None)
+    if found is None:
+        raise UnsupportedError(f"grammars need a fast tokenizer, and {artifact.name} has none")
+    found.no_padding()
+    found.no_truncation()
+    return str(found.to_str())
+
+
 class GrammarCompiler:
     """Turns grammars into constraints for one tokenizer, by llguidance."""
 
-    def __init__(self, tokenizer: Any, vocabulary: int, ends: Collection[int]) -> None:
-        """Raises UnsupportedError where llguidance is not installed or reads no such tokenizer."""
+    def __init__(self, tokenizer: str, vocabulary: int, ends: Collection[int]) -> None:
+        """`tokenizer` is as `tokenizer_source` reads it.
+
+        Raises UnsupportedError where llguidance is not installed or reads no such tokenizer.
+        """
         try:
-            from llguidance.hf import from_tokenizer
+            from llguidance import LLTokenizer
         except ImportError as error:
             raise UnsupportedError(
                 "grammars need llguidance, which is not installed", "pip install 'infopt[serve]'"
             ) from error
         try:
-            self._tokenizer = from_tokenizer(tokenizer, eos_token=sorted(ends) or None)
+            self._tokenizer = LLTokenizer(tokenizer, eos_token=sorted(ends) or None)
         except (ValueError, RuntimeError) as error:
             raise UnsupportedError(f"grammars do not work with this tokenizer: {error}") from error
         self._vocabulary = vocabulary

@@ -11,7 +11,7 @@ import torch
 from infopt.core.artifact.read import read_artifact
 from infopt.core.errors import EngineError, UsageError
 from infopt.core.recipe.serve import EngineSettings
-from infopt.core.runtime.grammar import Constraint, Grammar, GrammarCompiler
+from infopt.core.runtime.grammar import Constraint, Grammar, GrammarCompiler, tokenizer_source
 from infopt.core.runtime.llm import LLM
 from infopt.core.runtime.request import SamplingParams
 
@@ -22,8 +22,9 @@ def tokenizer(default_artifact: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def compiler(tokenizer: Any) -> GrammarCompiler:
-    return GrammarCompiler(tokenizer, 49152 + 64, [tokenizer.eos_token_id])
+def compiler(default_artifact: Any, tokenizer: Any) -> GrammarCompiler:
+    source = tokenizer_source(default_artifact)
+    return GrammarCompiler(source, 49152 + 64, [tokenizer.eos_token_id])
 
 
 def follow(constraint: Constraint, tokens: list[int]) -> None:
