@@ -15,15 +15,14 @@ class BeamGroup:
     pool at once, they are computed in turn.
     """
 
-    def __init__(self, first: Request, eos_token_ids: frozenset[int]) -> None:
+    def __init__(self, first: Request) -> None:
         params = first.params
-        ends = frozenset(params.stop_token_ids)
         self.search = BeamSearch(
             BeamRules(
                 width=params.beam_width,
                 length_penalty=params.length_penalty,
                 early_stopping=params.early_stopping,
-                ends=ends if params.ignore_eos else ends | eos_token_ids,
+                ends=first.ends,
                 longest=first.max_length - len(first.tokens),
             )
         )

@@ -29,12 +29,7 @@ from infopt.core.runtime.model_runner import ModelRunner
 from infopt.core.runtime.penalties import changes_logits
 from infopt.core.runtime.prefix_cache import PrefixCache
 from infopt.core.runtime.prefix_tiers import open_store
-from infopt.core.runtime.request import (
-    FinishReason,
-    Request,
-    SamplingParams,
-    StepOutput,
-)
+from infopt.core.runtime.request import FinishReason, Request, SamplingParams, StepOutput
 from infopt.core.runtime.sampler import Choice, Draw, sample
 from infopt.core.runtime.scheduler import Rules, Scheduler
 from infopt.core.runtime.scoring import score, scores
@@ -142,11 +137,13 @@ class Engine:
             max_length=max_length,
             generator=torch.Generator().manual_seed(drawn if params.seed is None else params.seed),
             prompt_length=len(prompt),
+            ends=frozenset(params.stop_token_ids)
+            | (frozenset() if params.ignore_eos else self.eos_token_ids),
             constraint=self._constraint(params.grammar),
             forks=0 if params.beam_width > 1 else params.n - 1,
         )
         if params.beam_width > 1:
-            self._beams[request_id] = BeamGroup(request, self.eos_token_ids)
+            self._beams[request_id] = BeamGroup(request)
         self._requests[request_id] = [request]
         self._scheduler.add(request)
 
@@ -266,7 +263,7 @@ class Engine:
             prompt=request.tokens[:length] if read else (),
             answer=request.tokens[length:] if read else (),
             allowed=None if request.constraint is None else request.constraint.allowed(),
-            barred=self._ends(params) if len(request.tokens) - length < params.min_tokens else (),
+            barred=request.ends if len(request.tokens) - length < params.min_tokens else (),
         )
 
     def _answers(self, batch: Batch) -> tuple[list[Request], list[int]]:
@@ -343,7 +340,7 @@ class Engine:
             self._finish(request)
             return StepOutput(name, finish_reason="error", error=fault, index=index)
         told = scores(request)
-        if token in self._ends(request.params):
+        if token in request.ends:
             self._finish(request)
             return StepOutput(name, finish_reason="stop", index=index, prompt_logprobs=told)
         request.tokens.append(token)
@@ -363,11 +360,6 @@ class Engine:
             if request.constraint.is_over:
                 return "stop", None
         return ("length" if len(request.tokens) == request.max_length else None), None
-
-    def _ends(self, params: SamplingParams) -> frozenset[int]:
-        """The tokens that end an answer."""
-        asked = frozenset(params.stop_token_ids)
-        return asked if params.ignore_eos else asked | self.eos_token_ids
 
     def _finish(self, request: Request) -> None:
         self._scheduler.remove(request)

@@ -195,6 +195,8 @@ class Request:
     """Its own, so that its draws do not depend on the requests beside it."""
     prompt_length: int = 0
     """The first tokens, that were given."""
+    ends: frozenset[int] = frozenset()
+    """The tokens that end its answer."""
     constraint: Constraint | None = None
     """Its place in its grammar."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -230,6 +232,7 @@ class Request:
             max_length=self.max_length,
             generator=torch.Generator().manual_seed(seed),
             prompt_length=self.prompt_length,
+            ends=self.ends,
             constraint=None if self.constraint is None else self.constraint.copy(),
             prompt_logprobs=self.prompt_logprobs,
             index=index,

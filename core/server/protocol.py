@@ -15,7 +15,7 @@ from infopt.core.runtime.request import (
     REPETITION,
     SamplingParams,
 )
-from infopt.core.server.structured import ResponseFormat, StructuredOutputs
+from infopt.core.server.structured import ResponseFormat, StructuredOutputs, refused
 
 # What OpenAI does where a client is silent.
 COMPLETION_TOKENS = 16
@@ -140,39 +140,23 @@ class Body(BaseModel):
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> "Body":
         if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError(
-                "unsupported_value", "{key} needs stream: true", {"key": "stream_options"}
-            )
+            raise refused("stream_options", "needs stream: true")
         return self
 
     @model_validator(mode="after")
     def _one_grammar(self) -> "Body":
         if self.response_format is not None and self.structured_outputs is not None:
-            raise PydanticCustomError(
-                "unsupported_value",
-                "{key} contradicts response_format",
-                {"key": "structured_outputs"},
-            )
+            raise refused("structured_outputs", "contradicts response_format")
         return self
 
     @model_validator(mode="after")
     def _beams_are_read(self) -> "Body":
         if self.use_beam_search and self.stop:
-            raise PydanticCustomError(
-                "unsupported_value", "{key} does nothing with use_beam_search", {"key": "stop"}
-            )
+            raise refused("stop", "does nothing with use_beam_search")
         if self.use_beam_search and (self.n or 1) < 2:
-            raise PydanticCustomError(
-                "unsupported_value",
-                "{key} searches with n beams: it needs n of 2 or more",
-                {"key": "use_beam_search"},
-            )
+            raise refused("use_beam_search", "searches with n beams: it needs n of 2 or more")
         if self.length_penalty != 1 and not self.use_beam_search:
-            raise PydanticCustomError(
-                "unsupported_value",
-                "{key} does nothing without use_beam_search",
-                {"key": "length_penalty"},
-            )
+            raise refused("length_penalty", "does nothing without use_beam_search")
         return self
 
     def grammar(self) -> Grammar | None:
@@ -275,16 +259,10 @@ class ChatRequest(Body):
     @model_validator(mode="after")
     def _agree(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
-            raise PydanticCustomError(
-                "unsupported_value", "{key} needs logprobs: true", {"key": "top_logprobs"}
-            )
+            raise refused("top_logprobs", "needs logprobs: true")
         given = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(given) == 2:
-            raise PydanticCustomError(
-                "unsupported_value",
-                "{key} contradicts max_completion_tokens",
-                {"key": "max_tokens"},
-            )
+            raise refused("max_tokens", "contradicts max_completion_tokens")
         return self
 
     def params(self, max_tokens: int) -> SamplingParams:

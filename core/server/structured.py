@@ -1,6 +1,5 @@
 """What clients say that an answer has to match, in OpenAI's words and in vLLM's."""
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -10,6 +9,11 @@ from infopt.core.runtime.grammar import Grammar
 
 Schema = dict[str, Any]
 Text = Annotated[str, Field(min_length=1)]
+
+
+def refused(key: str, why: str) -> PydanticCustomError:
+    """What a validator raises for a field that does not work as it is given."""
+    return PydanticCustomError("unsupported_value", "{key} {why}", {"key": key, "why": why})
 
 
 class JsonSchema(BaseModel):
@@ -39,10 +43,8 @@ class ResponseFormat(BaseModel):
         else:
             told_right = told is None
         if not told_right:
-            raise PydanticCustomError(
-                "unsupported_value",
-                "{key} goes with json_schema.schema, and json_schema with it alone",
-                {"key": "response_format"},
+            raise refused(
+                "response_format", "goes with json_schema.schema, and json_schema with it alone"
             )
         return self
 
@@ -73,17 +75,16 @@ class StructuredOutputs(BaseModel):
         if sum(value is not None for value in self.__dict__.values()) != 1 or (
             self.json_object is False
         ):
-            raise PydanticCustomError(
-                "unsupported_value",
-                "{key} needs one of json, json_object, regex, choice and grammar",
-                {"key": "structured_outputs"},
+            raise refused(
+                "structured_outputs", "needs one of json, json_object, regex, choice and grammar"
             )
         return self
 
     def grammar(self) -> Grammar:
+        if isinstance(self.json_, str):
+            return Grammar("json_schema", self.json_)
         if self.json_ is not None:
-            text = self.json_ if isinstance(self.json_, str) else json.dumps(self.json_)
-            return Grammar("json_schema", text)
+            return Grammar.json_schema(self.json_)
         if self.regex is not None:
             return Grammar("regex", self.regex)
         if self.choice is not None:

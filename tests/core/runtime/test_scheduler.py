@@ -284,9 +284,10 @@ class Lossy(dict[bytes, torch.Tensor]):
         self.pop(digest, None)
 
 
-def test_what_a_tier_has_lost_is_computed_and_found_room_for() -> None:
-    """The second block is another's, so that without the first one a block more is needed."""
-    scheduler = make_scheduler(blocks=4, caching=True)
+def beside_a_lost_block(blocks: int) -> tuple[Scheduler, Request, Lossy]:
+    """A request runs whose first block can only be found in a lossy tier; "again" waits with the
+    same prompt."""
+    scheduler = make_scheduler(blocks=blocks, caching=True)
     assert scheduler._prefix is not None
     scheduler._prefix._tier = tier = Lossy()
     prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
@@ -296,6 +297,12 @@ def test_what_a_tier_has_lost_is_computed_and_found_room_for() -> None:
     scheduler.pool.forget(owner.blocks[0])
     tier[owner.digests[0]] = torch.zeros(1)
     scheduler.add(make_request("again", prompt))
+    return scheduler, owner, tier
+
+
+def test_what_a_tier_has_lost_is_computed_and_found_room_for() -> None:
+    """The second block is another's, so that without the first one a block more is needed."""
+    scheduler, owner, tier = beside_a_lost_block(blocks=4)
     assert scheduler._wanted(scheduler.waiting[0]) == 2 > scheduler.pool.free == 1
     scheduler.remove(owner)
     assert scheduler._wanted(scheduler.waiting[0]) == 3
@@ -305,16 +312,7 @@ def test_what_a_tier_has_lost_is_computed_and_found_room_for() -> None:
 
 
 def test_who_no_longer_fits_without_what_was_lost_waits() -> None:
-    scheduler = make_scheduler(blocks=5, caching=True)
-    assert scheduler._prefix is not None
-    scheduler._prefix._tier = tier = Lossy()
-    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
-    scheduler.add(make_request("owner", prompt))
-    run_step(scheduler)
-    owner = scheduler.running[0]
-    scheduler.pool.forget(owner.blocks[0])
-    tier[owner.digests[0]] = torch.zeros(1)
-    scheduler.add(make_request("again", prompt))
+    scheduler, owner, tier = beside_a_lost_block(blocks=5)
     # It would fit: one block is restored, one shared, one its own. Without the first, it has none.
     assert scheduler._fits(scheduler.waiting[0]) and scheduler.pool.free == 2
     assert run_step(scheduler) == {"owner": 1}
