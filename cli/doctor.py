@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # The package that tells whether an extra is installed, and what it is for.
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
-    "serve": (("fastapi", "uvicorn", "zmq", "msgpack"), "infopt serve"),
+    "serve": (("fastapi", "uvicorn", "zmq", "msgpack", "prometheus_client"), "infopt serve"),
     "triton": (("triton",), "GPU kernels"),
     "compat": (
         ("gptqmodel", "optimum", "compressed_tensors", "bitsandbytes"),

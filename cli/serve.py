@@ -41,6 +41,103 @@ def serve(
     prefix_disk: opt.PrefixDisk = None,
     prefix_disk_bytes: opt.PrefixDiskBytes = None,
     deterministic: opt.Deterministic = None,
+    api_key_file: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key-file",
+            help="API keys, one a line; without it those of INFOPT_API_KEYS.",
+            show_default="none: all may ask",
+            metavar="FILE",
+        ),
+    ] = None,
+    max_queued_requests: Annotated[
+        int | None,
+        typer.Option(
+            "--max-queued-requests",
+            help="Prompts that may wait for the engine; more get 429.",
+            show_default="512",
+        ),
+    ] = None,
+    max_queued_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-queued-tokens", help="Their tokens.", show_default="4 times the KV cache"
+        ),
+    ] = None,
+    max_body_bytes: Annotated[
+        int | None,
+        typer.Option(
+            "--max-body-bytes", help="Of a request; larger ones get 413.", show_default="16 MiB"
+        ),
+    ] = None,
+    rate_limit: Annotated[
+        float | None,
+        typer.Option(
+            "--rate-limit",
+            help="Requests a minute of one client; more get 429.",
+            show_default="any",
+            metavar="PER_MINUTE",
+        ),
+    ] = None,
+    max_concurrency: Annotated[
+        int | None,
+        typer.Option(
+            "--max-concurrency", help="Requests of one client at a time.", show_default="any"
+        ),
+    ] = None,
+    request_timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--request-timeout",
+            help="After which a request is ended.",
+            show_default="600",
+            metavar="SECONDS",
+        ),
+    ] = None,
+    drain_timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--drain-timeout",
+            help="Requests have to end after a first signal.",
+            show_default="30",
+            metavar="SECONDS",
+        ),
+    ] = None,
+    max_idle: Annotated[
+        float | None,
+        typer.Option(
+            "--max-idle",
+            help="Without requests until the engine's memory is given back.",
+            show_default="never",
+            metavar="SECONDS",
+        ),
+    ] = None,
+    log_file: Annotated[
+        str | None,
+        typer.Option(
+            "--log-file",
+            help="A line of JSON for each request; - is the standard error.",
+            show_default="none",
+            metavar="FILE",
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        str | None,
+        typer.Option(
+            "--tls-cert",
+            help="Certificate chain in PEM: HTTPS.",
+            show_default="HTTP",
+            metavar="FILE",
+        ),
+    ] = None,
+    tls_key: Annotated[
+        str | None,
+        typer.Option("--tls-key", help="Its private key.", show_default="none", metavar="FILE"),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option("--cors-origin", help="Pages from there may ask (repeatable); * is any."),
+    ] = None,
     ask: Annotated[
         list[str] | None,
         typer.Option(
@@ -81,6 +178,19 @@ def serve(
         "prefix_disk": prefix_disk,
         "prefix_disk_bytes": prefix_disk_bytes,
         "deterministic": deterministic,
+        "api_key_file": api_key_file,
+        "max_queued_requests": max_queued_requests,
+        "max_queued_tokens": max_queued_tokens,
+        "max_body_bytes": max_body_bytes,
+        "rate_limit": rate_limit,
+        "max_concurrency": max_concurrency,
+        "request_timeout": request_timeout,
+        "drain_timeout": drain_timeout,
+        "max_idle": max_idle,
+        "log_file": log_file,
+        "tls_cert": tls_cert,
+        "tls_key": tls_key,
+        "cors_origins": tuple(cors_origin) if cors_origin else None,
         "ask": tuple(ask) if ask else None,
     }
     common = opt.Common(
@@ -110,7 +220,13 @@ def _serve(model: str | None, given: dict[str, Any], common: opt.Common) -> None
         open_model = opener(screen, common)
         word = model if model is not None else (step.model if step else None)
         work = Work("serve", word, settings, None, False, False, screen, open_model)
-        door(work.artifact, work.settings, screen.progress)
+
+        def reload() -> ServeSettings:
+            fresh, _ = settings_for("serve", common, given)
+            assert isinstance(fresh, ServeSettings)
+            return fresh
+
+        door(work.artifact, work.settings, screen.progress, reload)
 
 
 def _ask(work: "Work") -> "Report":

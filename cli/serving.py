@@ -97,6 +97,8 @@ def _command(artifact: "Artifact", settings: ServeSettings) -> list[str]:
         option = key.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, list):
+            words += [f"--{option.removesuffix('s')}={each}" for each in value]
         elif value is not None:
             words += [f"--{option}", str(value)]
     return words

@@ -33,6 +33,18 @@ def calibration_tokens(artifact: Artifact, settings: CalibrationSettings, seed: 
     )
 
 
+def unread_settings(
+    settings: CalibrationSettings, *, read: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """A warning for each setting off its default where the method looks at those in `read` only."""
+    fields = type(settings).model_fields
+    return tuple(
+        f"{key} {getattr(settings, key)} was not read: nothing here sees the calibration text"
+        for key in fields
+        if key not in read and getattr(settings, key) != fields[key].default
+    )
+
+
 def batches(tokens: Tensor, batch_tokens: int) -> tuple[Tensor, ...]:
     """Split windows [n, length] into batches of at most `batch_tokens` tokens or one window."""
     return torch.split(tokens, max(1, batch_tokens // tokens.shape[1]))

@@ -11,8 +11,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -32,6 +34,8 @@ _LOCK = "lock"
 
 Row = TypeVar("Row", bound=Record)
 """What is reported of a layer."""
+Commit = Callable[[Mapping[str, Tensor], Sequence[Row], Sequence[Tensor]], None]
+"""As `Checkpoint.commit`."""
 
 
 class Checkpoint(Generic[Row]):
@@ -49,20 +53,23 @@ class Checkpoint(Generic[Row]):
         self, tensors: Mapping[str, Tensor], rows: Sequence[Row], hidden: Sequence[Tensor]
     ) -> None:
         """Make one more finished block durable; `hidden` are the inputs of the next."""
+        self._write_block(_serialized(tensors, rows, hidden))
+
+    def _write_block(self, block: "_Block[Row]") -> None:
         old = [name for name in self._digests if name.startswith("hidden-")]
         kept = {name: digest for name, digest in self._digests.items() if name not in old}
-        content = {_block_file(self.finished): save(dict(tensors))}
-        rows_json = json.dumps([row.model_dump(mode="json") for row in rows])
+        content = {_block_file(self.finished): block.tensors}
+        rows_json = json.dumps([row.model_dump(mode="json") for row in block.rows])
         content[_rows_file(self.finished)] = rows_json.encode()
         for name, data in content.items():
             kept[name] = self._write(name, data)
-        for index, part in enumerate(hidden):
+        for index, part in enumerate(block.hidden):
             name = _hidden_file(self.finished + 1, index)
-            kept[name] = self._write(name, save({"hidden": part.contiguous()}))
+            kept[name] = self._write(name, part)
         state = {"finished": self.finished + 1, "files": kept}
         write_atomically(self.folder / _CURRENT, json.dumps(state))
-        self._files.update(dict.fromkeys(tensors, self.folder / _block_file(self.finished)))
-        self.rows.extend(rows)
+        self._files.update(dict.fromkeys(block.names, self.folder / _block_file(self.finished)))
+        self.rows.extend(block.rows)
         self._digests, self.finished = kept, self.finished + 1
         for name in old:
             (self.folder / name).unlink(missing_ok=True)
@@ -146,6 +153,52 @@ class Checkpoint(Generic[Row]):
     def _write(self, name: str, data: bytes) -> str:
         write_atomically(self.folder / name, data)
         return hashlib.sha256(data).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Block(Generic[Row]):
+    """A finished block as it will be written."""
+
+    names: tuple[str, ...]
+    tensors: bytes
+    rows: Sequence[Row]
+    hidden: Iterable[bytes]
+
+
+def _serialized(
+    tensors: Mapping[str, Tensor], rows: Sequence[Row], hidden: Iterable[Tensor]
+) -> _Block[Row]:
+    """`hidden` is serialized as it is written: one tensor's bytes are in memory at a time."""
+    parts = (save({"hidden": part.contiguous()}) for part in hidden)
+    return _Block(tuple(tensors), save(dict(tensors)), rows, parts)
+
+
+@contextmanager
+def committing(checkpoint: Checkpoint[Row], *, beside: bool) -> Iterator[Commit[Row]]:
+    """Commits, `beside` the work that goes on: the disk takes none of its time.
+
+    Each is durable before the next begins, and all are when the block is left; a fault of one is
+    raised by the next, or there. What is committed may be changed at once. Until it is written it
+    is in memory as a whole: not for what does not fit there.
+    """
+    if not beside:
+        yield checkpoint.commit
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as thread:
+        pending: list[Future[None]] = []
+
+        def commit(
+            tensors: Mapping[str, Tensor], rows: Sequence[Row], hidden: Sequence[Tensor]
+        ) -> None:
+            block = _serialized(tensors, rows, hidden)
+            whole = replace(block, hidden=list(block.hidden))
+            while pending:
+                pending.pop().result()
+            pending.append(thread.submit(checkpoint._write_block, whole))
+
+        yield commit
+        while pending:
+            pending.pop().result()
 
 
 @contextmanager

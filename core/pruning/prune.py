@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 from infopt.core.artifact.read import Artifact
-from infopt.core.compression.calibration import calibration_tokens, token_hash
+from infopt.core.compression.calibration import (
+    calibration_tokens,
+    token_hash,
+    unread_settings,
+)
 from infopt.core.compression.checkpoint import open_checkpoint
 from infopt.core.compression.output import publish
 from infopt.core.compression.quality import held_out, mean_nll
@@ -219,11 +223,18 @@ def _sparsity(job: PruneJob, written: Artifact) -> float:
 
 
 def _told(job: PruneJob) -> tuple[str, ...]:
-    """What a user of the artifact should know of its speed."""
+    """What a user of the artifact should know of its speed, and of settings without effect."""
+    unread: tuple[str, ...] = ()
+    if not job.calibrates:
+        read = ("text", "chat") if job.settings.retrain else ()
+        unread = unread_settings(job.settings.calibration, read=read)
     if job.settings.method == "structured":
-        return ()
+        return unread
     pattern = job.settings.pattern
-    return (_ONLY_NVIDIA if (pattern.kept, pattern.of) == (2, 4) else _NO_GAIN,)
+    return (
+        *unread,
+        _ONLY_NVIDIA if (pattern.kept, pattern.of) == (2, 4) else _NO_GAIN,
+    )
 
 
 def _fallbacks(rows: tuple[PrunedPart, ...]) -> tuple[str, ...]:

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from infopt.core.artifact.quantized import stored_names
 from infopt.core.artifact.read import Artifact
-from infopt.core.compression.calibration import calibration_tokens, token_hash
+from infopt.core.compression.calibration import (
+    calibration_tokens,
+    token_hash,
+    unread_settings,
+)
 from infopt.core.compression.checkpoint import open_checkpoint
 from infopt.core.compression.output import publish
 from infopt.core.errors import GateError, NumericsError
@@ -85,7 +89,8 @@ def quantize(
             # It would come again: there is nothing to continue.
             checkpoint.discard()
             raise
-        told = (*made.warnings, *_told(made.job), *_warnings(made.rows))
+        seen = _tokens_seen(job, tokens)
+        told = (*made.warnings, *_told(made.job, seen), *_warnings(made.rows))
         written = publish(made.staged, output, replace=replace)
         checkpoint.discard()
     return QuantizeReport(
@@ -103,7 +108,7 @@ def quantize(
         bits_per_weight=_bits_per_weight(written, made.job),
         bytes=written.weight_bytes,
         original_bytes=artifact.weight_bytes,
-        calibration_tokens=_tokens_seen(job, tokens),
+        calibration_tokens=seen,
         resumed_blocks=resumed,
         seconds=time.monotonic() - started,
         peak_memory_bytes=_peak_memory(job.device),
@@ -164,14 +169,16 @@ def _tokens_seen(job: Job, tokens: Tensor) -> int:
     return sensitivity_tokens(tokens).numel() if job.settings.scheme == "mixed" else 0
 
 
-def _told(job: Job) -> tuple[str, ...]:
-    """What a user of the artifact should know of its loaders."""
+def _told(job: Job, seen: int) -> tuple[str, ...]:
+    """What a user of the artifact should know of its loaders, and of settings without effect."""
+    unread = () if seen else unread_settings(job.settings.calibration)
     if job.settings.format == "gptq" and job.experts:
         return (
+            *unread,
             "plain transformers leaves experts in the gptq format uninitialised; gptqmodel and "
             "vLLM read them, or choose --format compressed-tensors",
         )
-    return ()
+    return unread
 
 
 def _warnings(rows: tuple[LayerError, ...]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from itertools import islice
 from torch import Tensor
 
 from infopt.core.compression.calibration import BATCH_TOKENS, batches, keep_bytes
+from infopt.core.compression.checkpoint import Commit, committing
 from infopt.core.compression.offload import OnDisk, Store, in_memory
 from infopt.core.compression.output import compare_with_disk
 from infopt.core.compression.walk import Walk
@@ -14,6 +15,7 @@ from infopt.core.quantization.block import quantize_block
 from infopt.core.quantization.job import Job
 from infopt.core.quantization.made import PROBE_TOKENS, LayerCheckpoint, Made
 from infopt.core.quantization.output import stage_artifact
+from infopt.core.reports.quantize import LayerError
 
 
 def make_walked(
@@ -42,6 +44,20 @@ def _walk(
         walk.skip_to(checkpoint.finished, islice(kept, len(walk.tokens)))
         if reference is not None:
             reference.skip_to(checkpoint.finished, kept)
+    with committing(checkpoint, beside=not job.offloaded) as commit:
+        _quantize_blocks(walk, reference, job, checkpoint, commit, progress)
+    return walk.probe_logits()
+
+
+def _quantize_blocks(
+    walk: Walk,
+    reference: Walk | None,
+    job: Job,
+    checkpoint: LayerCheckpoint,
+    commit: Commit[LayerError],
+    progress: ProgressCallback,
+) -> None:
+    """Those that are not finished yet."""
     total, resumed = len(job.targets), len(checkpoint.rows)
     done = resumed
     for index in range(checkpoint.finished, len(walk.names)):
@@ -61,8 +77,7 @@ def _walk(
         if reference is not None and reference.position == index:
             reference.advance()
         hidden = [*walk.hidden, *(reference.hidden if reference is not None else ())]
-        checkpoint.commit(result.tensors, result.rows, hidden)
-    return walk.probe_logits()
+        commit(result.tensors, result.rows, hidden)
 
 
 def _started(

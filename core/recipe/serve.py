@@ -83,5 +83,41 @@ class ServeSettings(EngineSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     model_name: str | None = None
     """The name that clients ask for; default: the artifact's own."""
+    api_key_file: str | None = None
+    """One a line: `KEY [name=NAME] [rate=PER_MINUTE] [concurrency=N]`; without it, those of
+    INFOPT_API_KEYS; without either, all may ask."""
+    max_queued_requests: int = Field(default=512, ge=1)
+    """Prompts that may wait for a place in the engine's steps; one more is refused (429)."""
+    max_queued_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of theirs; default: four times what the KV cache holds."""
+    max_body_bytes: int = Field(default=16 * 2**20, ge=1)
+    """Of a request's body; a larger one is refused (413)."""
+    rate_limit: float | None = Field(default=None, gt=0)
+    """Requests a minute of one client; default: any number."""
+    max_concurrency: int | None = Field(default=None, ge=1)
+    """Requests of one client at a time; default: any number."""
+    request_timeout: float = Field(default=600.0, gt=0)
+    """Seconds after which a request is ended (408); a client may ask for fewer."""
+    drain_timeout: float = Field(default=30.0, ge=0)
+    """Seconds that requests have to end after a first signal."""
+    max_idle: float | None = Field(default=None, gt=0)
+    """Seconds without requests after which the engine's memory is given back, until the next
+    one."""
+    log_file: str | None = None
+    """A line of JSON for each request goes there; - is the standard error."""
+    tls_cert: str | None = None
+    """A certificate chain in PEM: HTTPS in place of HTTP."""
+    tls_key: str | None = None
+    """Its private key."""
+    cors_origins: Words = ()
+    """Pages of these origins may ask; * is any."""
     ask: Words = ()
     """Start, ask these as chats, stop; in a run, the server stays up for the steps that follow."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "ServeSettings":
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together")
+        if self.ask and (self.api_key_file or self.tls_cert):
+            raise ValueError("ask starts a server for itself: it goes without keys and TLS")
+        return self

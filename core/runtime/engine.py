@@ -29,7 +29,7 @@ from infopt.core.runtime.model_runner import ModelRunner
 from infopt.core.runtime.penalties import changes_logits
 from infopt.core.runtime.prefix_cache import PrefixCache
 from infopt.core.runtime.prefix_tiers import open_store
-from infopt.core.runtime.request import FinishReason, Request, SamplingParams, StepOutput
+from infopt.core.runtime.request import FinishReason, Joined, Request, SamplingParams, StepOutput
 from infopt.core.runtime.sampler import Choice, Draw, sample
 from infopt.core.runtime.scheduler import Rules, Scheduler
 from infopt.core.runtime.scoring import score, scores
@@ -53,6 +53,7 @@ class Engine:
         grammars: Callable[[], GrammarCompiler] | None = None,
     ) -> None:
         self.max_model_len = max_model_len
+        self.cache_tokens = runner.cache.blocks * runner.cache.block_size
         vocabulary = runner.decoder.config.vocab_size
         self.eos_token_ids = frozenset(token for token in eos_token_ids if token < vocabulary)
         self._runner = runner
@@ -75,6 +76,8 @@ class Engine:
         self._aborted: list[StepOutput] = []
         self._seeds = random.Random(settings.seed)
         self._meter = Meter()
+        self.joined: Sequence[Joined] = ()
+        """Who waits no longer since the last step."""
 
     @classmethod
     def load(cls, artifact: Artifact, settings: EngineSettings) -> "Engine":
@@ -167,6 +170,7 @@ class Engine:
         outputs, self._aborted = self._aborted, []
         began = time.perf_counter()
         step = self._scheduler.schedule()
+        self.joined = step.joined
         if not step.work:
             if not outputs:
                 time.sleep(min(self._scheduler.gathers_for(), _NAP_S))
@@ -225,6 +229,7 @@ class Engine:
             build_s=meter.build_s,
             forward_s=meter.forward_s,
             sample_s=meter.sample_s,
+            step_sizes=tuple(meter.step_sizes),
         )
 
     def check(self) -> None:

@@ -181,6 +181,16 @@ class StepOutput:
     """With the first output of the first answer, if they were asked for: the prompt is one."""
 
 
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A request waits no longer: it has joined those that run."""
+
+    request_id: str
+    waited_s: float
+    cached_tokens: int
+    """Of its prompt, found computed already."""
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """A request on its way: the tokens known so far, and how many of them are in the cache."""

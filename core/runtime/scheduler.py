@@ -11,7 +11,7 @@ from torch import Tensor
 from infopt.core.recipe.serve import Batching
 from infopt.core.runtime.block_pool import NO_BLOCK, BlockPool
 from infopt.core.runtime.prefix_cache import PrefixCache
-from infopt.core.runtime.request import Request
+from infopt.core.runtime.request import Joined, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,8 @@ class Step:
     restores: list[tuple[Tensor, int]] = field(default_factory=list)
     """What a lower tier held, into this block. Fetched already: a file can be lost at any time, and
     what it held is then work."""
+    joined: list[Joined] = field(default_factory=list)
+    """Who waits no longer, for the first time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ class Scheduler:
         self._planned: dict[Request, int] = {}
         self._copies: dict[int, int] = {}
         self._restores: dict[int, Tensor] = {}
+        self._joined: list[Joined] = []
 
     def add(self, request: Request) -> None:
         """Queue a request; the caller has seen that the whole pool can hold it at its longest."""
@@ -141,7 +144,7 @@ class Scheduler:
     def schedule(self) -> Step:
         """The next step; without work only if there are no requests, or while a batch gathers."""
         self._budget = self.rules.max_batch_tokens
-        self._planned, self._copies, self._restores = {}, {}, {}
+        self._planned, self._copies, self._restores, self._joined = {}, {}, {}, []
         before = self.preemptions
         self._catch_up(chunks=False)
         self._catch_up(chunks=True)
@@ -157,6 +160,7 @@ class Scheduler:
             spills,
             [(source, target) for target, source in self._copies.items()],
             [(content, target) for target, content in self._restores.items()],
+            self._joined,
         )
 
     def advance(self, step: Step) -> None:
@@ -259,6 +263,8 @@ class Scheduler:
         if not request.joined:
             self.prefix_queries += len(request.tokens)
             self.prefix_hits += request.computed
+            waited = self._clock() - request.arrived
+            self._joined.append(Joined(request.request_id, waited, request.computed))
         request.joined = True
         self._grow(request, len(request.tokens))
         self.waiting.remove(request)

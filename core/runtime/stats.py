@@ -1,6 +1,10 @@
 """What the engine counts."""
 
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+STEP_SIZES = tuple(2**power for power in range(14))
+"""Bounds of the numbers of tokens by which steps are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,8 @@ class EngineStats:
     forward_s: float
     """On a GPU only until the work is under way: `sample_s` then has the wait for it."""
     sample_s: float
+    step_sizes: tuple[int, ...]
+    """How many had up to 1, up to 2, up to 4, .. tokens, each counted once; the last: more."""
 
 
 @dataclass(slots=True)
@@ -46,6 +52,7 @@ class Meter:
     build_s: float = 0.0
     forward_s: float = 0.0
     sample_s: float = 0.0
+    step_sizes: list[int] = field(default_factory=lambda: [0] * (len(STEP_SIZES) + 1))
 
     def count(self, tokens: int, borders: tuple[float, float, float, float, float]) -> None:
         """A step of so many tokens; the times at which its four phases began, and its end."""
@@ -53,6 +60,7 @@ class Meter:
         self.steps += 1
         self.tokens += tokens
         self.step_tokens = tokens
+        self.step_sizes[bisect_left(STEP_SIZES, tokens)] += 1
         self.schedule_s += scheduled - began
         self.build_s += built - scheduled
         self.forward_s += ran - built

@@ -1,21 +1,27 @@
 """The routes: OpenAI's completions, chat completions and models, and the health of the engine."""
 
 import time
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from infopt.core.errors import InfoptError
 from infopt.core.runtime.request import SamplingParams
+from infopt.core.server.doorway import Doorway, House
+from infopt.core.server.faults import ApiError, api_error, error_response
+from infopt.core.server.metrics import CONTENT_TYPE
 from infopt.core.server.prompts import Prompts
 from infopt.core.server.protocol import (
     COMPLETION_TOKENS,
-    ApiError,
     Body,
     ChatRequest,
     CompletionRequest,
@@ -23,26 +29,33 @@ from infopt.core.server.protocol import (
     check_count,
     invalid,
 )
-from infopt.core.server.respond import ClientGone, EventStream, error_response, while_connected
+from infopt.core.server.respond import ClientGone, EventStream, while_connected
 from infopt.core.server.shape import ChatShape, CompletionShape, Echo, Shape, Usage, chunks, whole
-from infopt.core.server.stream import Generator, Piece, merged, pieces
+from infopt.core.server.stream import Piece, merged, pieces
+from infopt.core.server.supervisor import State
+from infopt.core.server.visit import Visit, visit_of
+from infopt.core.server.watched import Generator, Watched
 
 HEALTH_SECONDS = 10.0
+METRICS_SECONDS = 2.0
 
 
 class Engine(Generator, Protocol):
     """What the routes need of the engine."""
 
-    async def stats(self, timeout: float) -> dict[str, float]: ...
+    state: State
+
+    async def stats(self, timeout: float) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What is served: the engine, its tokenizer, and the name that clients ask for."""
+    """What is served: the engine, its tokenizer, and the name that clients ask for; to whom."""
 
     engine: Engine
     prompts: Prompts
     model: str
+    house: House
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, name: str | None) -> None:
@@ -67,27 +80,42 @@ class Service:
         }
 
     def answer(
-        self, body: Body, prompts: list[list[int]], params: list[SamplingParams]
+        self, visit: Visit, body: Body, prompts: list[list[int]], params: list[SamplingParams]
     ) -> AsyncGenerator[Piece, None]:
-        """The merged answers to all prompts; nothing runs before the first piece is asked for."""
+        """The merged answers to all prompts, which have their places in the queue from now on.
+
+        Nothing runs before the first piece is asked for. Raises ApiError where the queue is full.
+        """
+        try:
+            places = self.house.gate.queue([len(prompt) for prompt in prompts])
+        except ApiError as error:
+            self.house.metrics.rejected(error.code)
+            raise
+        for prompt, place in zip(prompts, places, strict=True):
+            visit.on_close(place.leave)
+            visit.prompt_tokens += len(prompt)
+            self.house.metrics.prompt_tokens.inc(len(prompt))
+        salt = visit.salt(body.cache_salt)
         return merged(
             [
                 pieces(
-                    self.engine,
+                    Watched(self.engine, visit, place, self.house.metrics),
                     self.prompts.tokenizer,
                     prompt,
-                    chosen,
+                    replace(chosen, cache_salt=salt),
                     stop=body.stop,
                     skip_special_tokens=body.skip_special_tokens,
                     first=index * chosen.n,
                 )
-                for index, (prompt, chosen) in enumerate(zip(prompts, params, strict=True))
+                for index, (prompt, chosen, place) in enumerate(
+                    zip(prompts, params, places, strict=True)
+                )
             ]
         )
 
 
-def create_app(service: Service) -> FastAPI:
-    """The ASGI application."""
+def create_app(service: Service, cors_origins: Sequence[str] = ()) -> ASGIApp:
+    """The ASGI application, with its doorway."""
     app = FastAPI(title="infopt", docs_url=None, redoc_url=None, strict_content_type=False)
 
     @app.post("/v1/completions")
@@ -104,7 +132,7 @@ def create_app(service: Service) -> FastAPI:
         shape = CompletionShape(
             service.model, service.prompts.tokenizer, body.logprobs is not None, echo
         )
-        answer = service.answer(body, prompts, params)
+        answer = service.answer(visit_of(request), body, prompts, params)
         return await _respond(request, body, answer, shape, prompts)
 
     @app.post("/v1/chat/completions")
@@ -114,7 +142,7 @@ def create_app(service: Service) -> FastAPI:
         asked = body.max_completion_tokens or body.max_tokens
         room = service.prompts.room(prompt, asked, "messages")
         shape = ChatShape(service.model, service.prompts.tokenizer, bool(body.logprobs))
-        answer = service.answer(body, [prompt], [body.params(room)])
+        answer = service.answer(visit_of(request), body, [prompt], [body.params(room)])
         return await _respond(request, body, answer, shape, [prompt])
 
     @app.get("/v1/models")
@@ -126,16 +154,46 @@ def create_app(service: Service) -> FastAPI:
         service.check_model(name)
         return JSONResponse(service.card())
 
+    _add_health(app, service)
+    _handle_faults(app)
+    paths = frozenset(route.path for route in app.routes if isinstance(route, Route))
+    whole_app: ASGIApp = Doorway(app, house=service.house, paths=paths)
+    if cors_origins:
+        whole_app = CORSMiddleware(
+            whole_app,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    return whole_app
+
+
+def _add_health(app: FastAPI, service: Service) -> None:
+    """What probes and operators ask; no key is needed."""
+    engine, house = service.engine, service.house
+
     @app.get("/health")
     async def health() -> Response:
+        if engine.state is State.ASLEEP:
+            return JSONResponse({"status": "asleep"})
         try:
-            stats = await service.engine.stats(HEALTH_SECONDS)
+            stats = await engine.stats(HEALTH_SECONDS)
         except InfoptError as error:
             return JSONResponse({"status": "unavailable", "reason": error.message}, 503)
-        return JSONResponse({"status": "ok", "engine": stats})
+        return JSONResponse({"status": "draining" if house.draining else "ok", "engine": stats})
 
-    _handle_faults(app)
-    return app
+    @app.get("/ready")
+    async def ready() -> Response:
+        state = "draining" if house.draining else str(engine.state)
+        takes = state in (State.READY, State.ASLEEP)
+        return JSONResponse({"status": state}, 200 if takes else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        with suppress(InfoptError):  # its last counts will do
+            house.metrics.engine.heard(await engine.stats(METRICS_SECONDS))
+        return Response(house.metrics.text(), media_type=CONTENT_TYPE)
 
 
 async def _respond(
@@ -157,12 +215,12 @@ def _handle_faults(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
-        return error_response(invalid(error.errors()[0]))
+        return _refused(request, invalid(error.errors()[0]))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         told = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
-        response = error_response(told)
+        response = _refused(request, told)
         response.headers.update(error.headers or {})
         return response
 
@@ -174,4 +232,9 @@ def _handle_faults(app: FastAPI) -> None:
 
         @app.exception_handler(kind)
         async def fault(request: Request, error: Exception) -> Response:
-            return error_response(error)
+            return _refused(request, error)
+
+
+def _refused(request: Request, error: Exception) -> Response:
+    visit_of(request).fault = api_error(error).code
+    return error_response(error)

@@ -2,17 +2,18 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import suppress
+from typing import Any
 
 import zmq
 import zmq.asyncio
 
 from infopt.core.errors import EngineError, InfoptError
-from infopt.core.runtime.request import SamplingParams, StepOutput
+from infopt.core.runtime.request import Joined, SamplingParams, StepOutput
 from infopt.core.server import messages
 
-Event = StepOutput | InfoptError
+Event = StepOutput | Joined | Exception
 
 
 class EngineClient:
@@ -24,7 +25,7 @@ class EngineClient:
         self.failure: InfoptError | None = None
         self._channel = channel
         self._queues: dict[str, asyncio.Queue[Event]] = {}
-        self._asking: list[asyncio.Future[dict[str, float]]] = []
+        self._asking: list[asyncio.Future[dict[str, Any]]] = []
 
     async def run(self) -> None:
         """Hand what the engine sends to whom it concerns, until cancelled."""
@@ -35,6 +36,9 @@ class EngineClient:
                     for values in message["outputs"]:
                         output = messages.output_from_map(values)
                         self._tell(output.request_id, output)
+                    for values in message["joined"]:
+                        joined = messages.joined_from_map(values)
+                        self._tell(joined.request_id, joined)
                 case "rejected":
                     self._tell(message["id"], messages.error_from_map(message))
                 case "stats":
@@ -43,28 +47,42 @@ class EngineClient:
                             future.set_result(message["stats"])
                     self._asking.clear()
                 case "ready":
-                    self.limits.set_result(messages.Limits(message["max_model_len"]))
+                    found = messages.Limits(message["max_model_len"], message["cache_tokens"])
+                    self.limits.set_result(found)
                 case "failed":
                     self.fail(messages.error_from_map(message))
 
     async def generate(
-        self, prompt: Sequence[int], params: SamplingParams, ended: Collection[int] = ()
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        ended: Collection[int] = (),
+        *,
+        on_join: Callable[[Joined], None] | None = None,
+        until: "asyncio.Future[Exception] | None" = None,
     ) -> AsyncGenerator[StepOutput, None]:
         """The outputs of one request; closing the generator early aborts it in the engine.
 
-        Answers that the caller has put into `ended` since the last output are aborted alone. Raises
-        UsageError if the engine rejects the request, EngineError if it fails or is gone.
+        Answers that the caller has put into `ended` since the last output are aborted alone.
+        `on_join` hears when the request waits no longer; what comes of `until` ends it, raised
+        here. Raises UsageError if the engine rejects the request, EngineError if it fails or is
+        gone.
         """
         self._check()
         name = uuid.uuid4().hex
         queue = self._queues[name] = asyncio.Queue()
         going = set(range(params.n))
-        await self._send("add", id=name, prompt=prompt, params=messages.params_to_map(params))
         try:
+            await self._send("add", id=name, prompt=prompt, params=messages.params_to_map(params))
+            if until is not None:
+                until.add_done_callback(lambda over: queue.put_nowait(over.result()))
             while going:
                 event = await queue.get()
-                if isinstance(event, InfoptError):
-                    going.clear()
+                if isinstance(event, Joined):
+                    if on_join is not None:
+                        on_join(event)
+                    continue
+                if isinstance(event, Exception):
                     raise event
                 if event.index not in going:
                     continue
@@ -81,16 +99,20 @@ class EngineClient:
             if going and self.failure is None:
                 await self._send("abort", id=name, index=None)
 
-    async def stats(self, timeout: float) -> dict[str, float]:
+    async def stats(self, timeout: float) -> dict[str, Any]:
         """Ask the engine for its counts; EngineError if it is gone or silent for too long."""
         self._check()
-        future: asyncio.Future[dict[str, float]] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._asking.append(future)
         await self._send("stats")
         try:
             return await asyncio.wait_for(future, timeout)
         except TimeoutError:
             raise EngineError(f"the engine did not answer within {timeout:g} s") from None
+
+    async def stop(self) -> None:
+        """Let the engine end in order; its process says when it has."""
+        await self._send("stop")
 
     def fail(self, error: InfoptError) -> None:
         """Give every request in flight this error, and all later ones; the first error stays."""

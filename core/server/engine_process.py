@@ -22,7 +22,7 @@ from infopt.core.artifact.read import read_artifact
 from infopt.core.errors import InfoptError
 from infopt.core.libraries import hush
 from infopt.core.recipe.serve import EngineSettings
-from infopt.core.runtime.request import SamplingParams, StepOutput
+from infopt.core.runtime.request import Joined, SamplingParams, StepOutput
 from infopt.core.runtime.stats import EngineStats
 from infopt.core.server import messages
 
@@ -33,6 +33,8 @@ class Engine(Protocol):
     """What the loop needs of an engine."""
 
     max_model_len: int
+    cache_tokens: int
+    joined: Sequence[Joined]
 
     def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> None: ...
 
@@ -44,19 +46,32 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats: ...
 
+    def save_prefixes(self) -> None: ...
+
 
 def run(engine: Engine, channel: "zmq.Socket[bytes]") -> None:
-    """Serve until an error; idle, it sleeps in the socket and burns nothing."""
-    channel.send(messages.pack("ready", max_model_len=engine.max_model_len))
+    """Serve until told to stop, or an error; idle, it sleeps in the socket and burns nothing."""
+    channel.send(
+        messages.pack("ready", max_model_len=engine.max_model_len, cache_tokens=engine.cache_tokens)
+    )
     while True:
         if not engine.has_work():
             channel.poll()
         while channel.poll(0):
-            _heed(engine, messages.unpack(channel.recv()), channel)
+            message = messages.unpack(channel.recv())
+            if message["kind"] == "stop":
+                engine.save_prefixes()
+                return
+            _heed(engine, message, channel)
         if engine.has_work():
-            outputs = [messages.output_to_map(output) for output in engine.step()]
-            if outputs:
-                channel.send(messages.pack("outputs", outputs=outputs))
+            _step(engine, channel)
+
+
+def _step(engine: Engine, channel: "zmq.Socket[bytes]") -> None:
+    outputs = [messages.output_to_map(output) for output in engine.step()]
+    joined = [messages.joined_to_map(each) for each in engine.joined]
+    if outputs or joined:
+        channel.send(messages.pack("outputs", outputs=outputs, joined=joined))
 
 
 def _heed(engine: Engine, message: messages.Message, channel: "zmq.Socket[bytes]") -> None:
@@ -95,7 +110,10 @@ def _load(orders: dict[str, Any]) -> Engine:
 
 
 def main() -> int:
-    """Exit status 1 if the engine could not be loaded or broke; the API process hears why."""
+    """Exit status 0 when told to stop, 1 if the engine could not be loaded or broke.
+
+    The API process hears why.
+    """
     # A signal to the whole group is for the API process, which ends this one in order.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -110,6 +128,7 @@ def main() -> int:
     channel.connect(orders["address"])
     try:
         run(_load(orders), channel)
+        return 0
     except InfoptError as error:
         channel.send(messages.failed(error))
     except Exception as error:

@@ -1,7 +1,7 @@
 """What the API process and the engine process say to each other: msgpack maps over a local socket.
 
-API to engine:  add {id, prompt, params}, abort {id, index}, stats {}
-Engine to API:  ready {limits}, failed {error, message, hint}, outputs {outputs},
+API to engine:  add {id, prompt, params}, abort {id, index}, stats {}, stop {}
+Engine to API:  ready {limits}, failed {error, message, hint}, outputs {outputs, joined},
                 rejected {id, error, message, hint}, stats {stats}
 """
 
@@ -20,7 +20,7 @@ from infopt.core.errors import (
     UsageError,
 )
 from infopt.core.runtime.grammar import Grammar
-from infopt.core.runtime.request import SamplingParams, StepOutput, TokenLogprob
+from infopt.core.runtime.request import Joined, SamplingParams, StepOutput, TokenLogprob
 
 Message = dict[str, Any]
 
@@ -36,6 +36,8 @@ class Limits:
 
     max_model_len: int
     """Prompt and output tokens together."""
+    cache_tokens: int
+    """What the KV cache holds at a time."""
 
 
 def pack(kind: str, **content: Any) -> bytes:
@@ -80,6 +82,14 @@ def output_from_map(values: Message) -> StepOutput:
         index=values["index"],
         prompt_logprobs=_logprobs_from_list(values["prompt_logprobs"]),
     )
+
+
+def joined_to_map(joined: Joined) -> Message:
+    return asdict(joined)
+
+
+def joined_from_map(values: Message) -> Joined:
+    return Joined(**values)
 
 
 def _logprobs_from_list(entries: list[Message] | None) -> tuple[TokenLogprob, ...] | None:

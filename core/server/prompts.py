@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 
-from infopt.core.server.protocol import ApiError, ChatRequest, CompletionRequest
+from infopt.core.server.faults import ApiError
+from infopt.core.server.protocol import ChatRequest, CompletionRequest
 
 T = TypeVar("T")
 

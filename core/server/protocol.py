@@ -15,6 +15,7 @@ from infopt.core.runtime.request import (
     REPETITION,
     SamplingParams,
 )
+from infopt.core.server.faults import ApiError
 from infopt.core.server.structured import ResponseFormat, StructuredOutputs, refused
 
 # What OpenAI does where a client is silent.
@@ -38,25 +39,6 @@ def _strings(value: Any) -> Any:
 
 
 Stop = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_strings)]
-
-
-class ApiError(Exception):
-    """A fault in OpenAI's shape."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        kind: str = "invalid_request_error",
-        param: str | None = None,
-        code: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.body = {
-            "error": {"message": message, "type": kind, "param": param, "code": code or kind}
-        }
 
 
 class StreamOptions(BaseModel):

@@ -6,11 +6,11 @@ from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from infopt.core.errors import InfoptError, UnsupportedError, UsageError
-from infopt.core.server.protocol import ApiError
+from infopt.core.errors import InfoptError
+from infopt.core.server.faults import ApiError, api_error, error_response
 
 T = TypeVar("T")
 
@@ -42,23 +42,6 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-def api_error(error: Exception) -> ApiError:
-    """Any fault as the API tells it; what nobody foresaw is a 500 without its details."""
-    match error:
-        case ApiError():
-            return error
-        case UsageError() | UnsupportedError():
-            return ApiError(400, error.message)
-        case InfoptError():
-            return ApiError(503, error.message, kind="engine_error")
-    return ApiError(500, "the server failed on this request", kind="server_error")
-
-
-def error_response(error: Exception) -> Response:
-    told = api_error(error)
-    return JSONResponse(told.body, told.status)
-
-
 class EventStream(Response):
     """Server-sent events from a generator, which is closed when the client goes away.
 
@@ -88,6 +71,8 @@ class EventStream(Response):
                     await send(_body(_event(event)))
             await send(_body(b"data: [DONE]\n\n", last=True))
         except Exception as error:
+            if (visit := scope.get("state", {}).get("visit")) is not None:
+                visit.fault = api_error(error).code
             if started:
                 await send(_body(_event(api_error(error).body), last=True))
             else:

@@ -39,7 +39,7 @@ ROWS: dict[str, tuple[str, bool]] = {
     "AutoRound W4A16": ("--method autoround --bits 4 --group-size 64", False),
     "AutoRound W3A16": ("--method autoround --bits 3 --group-size 64", False),
     "AutoRound W2A16": ("--method autoround --bits 2 --group-size 64", False),
-    "QAT W3A16": ("--method qat --bits 3 --group-size 64", False),
+    "QAT W3A16, 40 steps": ("--method qat --bits 3 --group-size 64 --steps 40", False),
     "QAT W2A16, 40 steps": ("--method qat --bits 2 --group-size 64 --steps 40", False),
     "NF4": ("--method nf4", False),
     "NF4, plain scales": ("--method nf4 --no-double-quant", False),

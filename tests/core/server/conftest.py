@@ -77,6 +77,12 @@ class Server:
     def health(self) -> httpx.Response:
         return httpx.get(f"{self.url}/health", timeout=20)
 
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=20)
+
+    def post(self, body: Any, path: str = "/v1/completions") -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=60)
+
     def await_idle(self, seconds: float = 10) -> dict[str, int]:
         """The engine's counts once nothing runs; fails if blocks stay in use."""
         deadline = time.monotonic() + seconds

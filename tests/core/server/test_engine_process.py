@@ -14,7 +14,7 @@ import zmq
 import zmq.asyncio
 
 from infopt.core.errors import EngineError, UsageError
-from infopt.core.runtime.request import SamplingParams, StepOutput
+from infopt.core.runtime.request import Joined, SamplingParams, StepOutput
 from infopt.core.runtime.stats import EngineStats
 from infopt.core.server import messages
 from infopt.core.server.engine_client import EngineClient
@@ -26,15 +26,20 @@ class Fake:
     """Answers with 0, 1, 2, ... ; refuses empty prompts; fails a prompt of -1; breaks on -2."""
 
     max_model_len: int = 64
+    cache_tokens: int = 640
+    joined: Sequence[Joined] = ()
+    saved: int = 0
     running: dict[str, list[int]] = field(default_factory=dict)
     aborted: list[str] = field(default_factory=list)
     steps: int = 0
+    _new: list[Joined] = field(default_factory=list)
 
     def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> None:
         if not prompt:
             raise UsageError("the prompt is empty")
         assert params.max_tokens is not None
         self.running[request_id] = [prompt[0], params.max_tokens, 0]
+        self._new.append(Joined(request_id, 0.25, 3))
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         self.aborted.append(request_id)
@@ -46,6 +51,7 @@ class Fake:
     def step(self) -> list[StepOutput]:
         time.sleep(0.001)
         self.steps += 1
+        self.joined, self._new = self._new, []
         outputs = []
         for name, state in list(self.running.items()):
             if state[0] == -2:
@@ -62,7 +68,10 @@ class Fake:
 
     def stats(self) -> EngineStats:
         values = dict.fromkeys(EngineStats.__dataclass_fields__, len(self.running))
-        return EngineStats(**{**values, "steps": self.steps})
+        return EngineStats(**{**values, "steps": self.steps, "step_sizes": (1, 2)})
+
+    def save_prefixes(self) -> None:
+        self.saved += 1
 
 
 def together(folder: Path, test: Callable[[EngineClient, Fake], Awaitable[None]]) -> None:
@@ -155,6 +164,43 @@ def test_cancelling_aborts(tmp_path: Path) -> None:
         while engine.running:
             await asyncio.sleep(0.005)
         assert len(engine.aborted) == 1
+
+    together(tmp_path, test)
+
+
+def test_it_is_told_when_a_request_waits_no_longer(tmp_path: Path) -> None:
+    async def test(client: EngineClient, engine: Fake) -> None:
+        heard: list[Joined] = []
+        answer = client.generate([1], SamplingParams(max_tokens=3), on_join=heard.append)
+        assert [t async for output in answer for t in output.token_ids] == [0, 1, 2]
+        assert [(each.waited_s, each.cached_tokens) for each in heard] == [(0.25, 3)]
+
+    together(tmp_path, test)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_what_comes_of_until_ends_a_request_in_the_engine_too(tmp_path: Path, early: bool) -> None:
+    async def test(client: EngineClient, engine: Fake) -> None:
+        until: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        if early:
+            until.set_result(UsageError("time is up"))
+        answer = client.generate([1], SamplingParams(max_tokens=10**6), until=until)
+        with pytest.raises(UsageError, match="time is up"):
+            async for _ in answer:
+                if not until.done():
+                    until.set_result(UsageError("time is up"))
+        while engine.running or not engine.aborted:
+            await asyncio.sleep(0.005)
+
+    together(tmp_path, test)
+
+
+def test_told_to_stop_it_saves_its_prefixes_and_ends(tmp_path: Path) -> None:
+    async def test(client: EngineClient, engine: Fake) -> None:
+        await tokens(client, [1])
+        await client.stop()
+        while not engine.saved:
+            await asyncio.sleep(0.005)
 
     together(tmp_path, test)
 

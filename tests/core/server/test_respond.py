@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from infopt.core.errors import EngineError, UsageError
-from infopt.core.server.protocol import ApiError
-from infopt.core.server.respond import ClientGone, EventStream, api_error, while_connected
+from infopt.core.server.faults import ApiError, api_error
+from infopt.core.server.respond import ClientGone, EventStream, while_connected
 
 
 class Connection:

@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def test_what_keeps_the_engine_from_loading(tiny_model: Path, folders: Any) -> N
 
 def test_a_signal_ends_everything(launch: Any, folders: Any) -> None:
     before = folders()
-    server = launch().ready()
+    server = launch(drain_timeout=0.0).ready()
     engine = server.engine
     assert len(folders() - before) == 1
     failure: list[openai.APIError] = []
@@ -121,6 +122,101 @@ def test_a_signal_ends_everything(launch: Any, folders: Any) -> None:
     thread.join()
     assert "shutting down" in failure[0].message
     assert not engine.is_running() and folders() == before
+
+
+def test_a_signal_lets_those_inside_end_and_nobody_else_in(launch: Any) -> None:
+    server = launch().ready()
+    found: list[Any] = []
+
+    def ask(stream: bool) -> None:
+        with server.client() as client:
+            answer: Any = client.completions.create(stream=stream, **LONG)
+            found.append(sum(1 for _ in answer) if stream else answer.usage.completion_tokens)
+
+    threads = [threading.Thread(target=ask, args=(stream,)) for stream in (True, False, True)]
+    for thread in threads:
+        thread.start()
+    server.await_running(3)
+    server.process.send_signal(signal.SIGTERM)
+    server.line("stopping")
+    assert server.get("/ready").status_code == 503
+    assert server.health().json()["status"] == "draining"
+    refused = server.post({"model": "tiny", "prompt": "a"})
+    assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
+    for thread in threads:
+        thread.join()
+    assert 490 in found and min(found) > 1 and len(found) == 3
+    server.process.wait(10)
+    assert server.process.returncode == 0
+
+
+def test_who_is_left_when_the_time_to_drain_is_over_is_told(launch: Any) -> None:
+    server = launch(drain_timeout=0.3).ready()
+    failure: list[openai.APIError] = []
+
+    def stream() -> None:
+        body = {**LONG, "n": 64, "stream": True}
+        with server.client() as client, pytest.raises(openai.APIError) as caught:
+            list(client.completions.create(**body))
+        failure.append(caught.value)
+
+    thread = threading.Thread(target=stream)
+    thread.start()
+    server.await_running()
+    began = time.monotonic()
+    assert server.stop() == 0
+    assert 0.3 <= time.monotonic() - began < 5
+    thread.join()
+    assert failure[0].body == {
+        "message": "the server is shutting down",
+        "type": "engine_error",
+        "param": None,
+        "code": "shutting_down",
+    }
+
+
+def test_a_second_signal_does_not_wait(launch: Any) -> None:
+    server = launch().ready()
+
+    def stream() -> None:
+        body = {**LONG, "n": 64, "stream": True}
+        with server.client() as client, suppress(openai.APIError):
+            list(client.completions.create(**body))
+
+    thread = threading.Thread(target=stream)
+    thread.start()
+    server.await_running()
+    began = time.monotonic()
+    server.process.send_signal(signal.SIGINT)
+    server.line("stopping")
+    assert server.stop() == 0
+    assert time.monotonic() - began < 5
+    thread.join()
+
+
+def test_an_idle_engine_gives_its_memory_back_and_is_woken(launch: Any) -> None:
+    server = launch(max_idle=0.4).ready()
+    first = server.engine
+    server.line("engine asleep")
+    await_true(lambda: not first.is_running())
+    assert psutil.Process(server.process.pid).children() == []
+    assert server.health().json() == {"status": "asleep"}
+    assert server.get("/ready").json() == {"status": "asleep"}
+    assert "infopt:engine_up{" in server.get("/metrics").text
+    with server.client() as client:
+        assert client.completions.create(model="tiny", prompt="a").choices
+    assert server.engine.pid != first.pid
+    assert server.stop() == 0
+
+
+def test_prefixes_are_on_disk_when_the_server_has_ended(launch: Any, tmp_path: Path) -> None:
+    hits = []
+    for _ in range(2):
+        server = launch(prefix_disk=str(tmp_path / "prefixes")).ready()
+        assert server.post({"model": "tiny", "prompt": [7] * 80, "max_tokens": 1}).is_success
+        hits.append(server.health().json()["engine"]["prefix_hits"])
+        assert server.stop() == 0
+    assert hits[0] == 0 and hits[1] >= 64
 
 
 def test_a_signal_while_loading(launch: Any, folders: Any) -> None:
@@ -152,12 +248,18 @@ def test_a_killed_engine_is_told_and_nothing_hangs(launch: Any) -> None:
         thread.join(10)
         assert not thread.is_alive()
     assert all("killed by signal 9" in str(failure) for failure in failures)
+    assert "killed by signal 9" in server.line("engine lost")
     health = server.health()
     assert health.status_code == 503 and "killed by signal 9" in health.json()["reason"]
+    assert server.get("/ready").status_code == 503
     with server.client() as client, pytest.raises(openai.InternalServerError) as caught:
         client.completions.create(model="tiny", prompt="a")
-    assert caught.value.status_code == 503
-    assert "killed by signal 9" in server.line("engine lost")
+    assert caught.value.status_code == 503 and caught.value.response.headers["retry-after"]
+    server.line("engine back")
+    with server.client() as client:
+        assert client.completions.create(model="tiny", prompt="a").choices
+    assert server.await_idle()["blocks_used"] == 0
+    assert 'infopt:engine_restarts_total{model_name="tiny"} 1.0' in server.get("/metrics").text
     assert server.stop() == 0
 
 
