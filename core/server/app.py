@@ -11,21 +11,24 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from infopt.core.errors import InfoptError
+from infopt.core.recipe.serve import Pooling, ToolParser
 from infopt.core.runtime.request import SamplingParams
+from infopt.core.server.chat import ChatRequest
+from infopt.core.server.embeddings import add_embeddings
 from infopt.core.server.prompts import Prompts
 from infopt.core.server.protocol import (
     COMPLETION_TOKENS,
     ApiError,
     Body,
-    ChatRequest,
     CompletionRequest,
     StreamOptions,
-    check_count,
     invalid,
 )
 from infopt.core.server.respond import ClientGone, EventStream, error_response, while_connected
 from infopt.core.server.shape import ChatShape, CompletionShape, Echo, Shape, Usage, chunks, whole
 from infopt.core.server.stream import Generator, Piece, merged, pieces
+from infopt.core.server.tokens import add_tokens
+from infopt.core.server.tools import ToolUse
 
 HEALTH_SECONDS = 10.0
 
@@ -43,6 +46,9 @@ class Service:
     engine: Engine
     prompts: Prompts
     model: str
+    embedding_size: int
+    tool_parser: ToolParser = "auto"
+    pooling: Pooling = "mean"
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, name: str | None) -> None:
@@ -67,7 +73,11 @@ class Service:
         }
 
     def answer(
-        self, body: Body, prompts: list[list[int]], params: list[SamplingParams]
+        self,
+        body: Body,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+        tools: ToolUse | None = None,
     ) -> AsyncGenerator[Piece, None]:
         """The merged answers to all prompts; nothing runs before the first piece is asked for."""
         return merged(
@@ -79,6 +89,7 @@ class Service:
                     chosen,
                     stop=body.stop,
                     skip_special_tokens=body.skip_special_tokens,
+                    tools=tools,
                     first=index * chosen.n,
                 )
                 for index, (prompt, chosen) in enumerate(zip(prompts, params, strict=True))
@@ -96,7 +107,6 @@ def create_app(service: Service) -> FastAPI:
         prompts = await service.prompts.of_completion(body)
         asked = body.max_tokens or COMPLETION_TOKENS
         room = [service.prompts.room(prompt, asked, "prompt") for prompt in prompts]
-        check_count(len(prompts), body)
         params = [body.params(tokens) for tokens in room]
         echo = None
         if body.echo:
@@ -110,12 +120,18 @@ def create_app(service: Service) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatRequest) -> Response:
         service.check_model(body.model)
-        prompt = await service.prompts.of_chat(body)
+        prompt = await service.prompts.of_chat(body.messages, body.usable_tools)
+        tools = await service.prompts.tools_of(body, service.tool_parser)
         asked = body.max_completion_tokens or body.max_tokens
         room = service.prompts.room(prompt, asked, "messages")
-        shape = ChatShape(service.model, service.prompts.tokenizer, bool(body.logprobs))
-        answer = service.answer(body, [prompt], [body.params(room)])
+        params = body.params(room, tools.grammar() if tools else None)
+        short = tools is not None and tools.form.short_ids
+        shape = ChatShape(service.model, service.prompts.tokenizer, bool(body.logprobs), short)
+        answer = service.answer(body, [prompt], [params], tools)
         return await _respond(request, body, answer, shape, [prompt])
+
+    add_embeddings(app, service)
+    add_tokens(app, service)
 
     @app.get("/v1/models")
     async def models() -> Response:

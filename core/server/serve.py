@@ -69,12 +69,21 @@ async def _serve(
         async with engine(artifact, settings, on_death=told) as client:
             limits = await client.limits
             await _warm_up(client, limits.max_model_len)
+            config = ModelConfig.from_hf(artifact.config)
             prompts = Prompts(
                 await tokenizer,
-                vocab_size=ModelConfig.from_hf(artifact.config).vocab_size,
+                vocab_size=config.vocab_size,
                 max_model_len=limits.max_model_len,
             )
-            app = create_app(Service(client, prompts, settings.model_name or artifact.name))
+            service = Service(
+                client,
+                prompts,
+                settings.model_name or artifact.name,
+                config.embedding_size,
+                tool_parser=settings.tool_parser,
+                pooling=settings.pooling,
+            )
+            app = create_app(service)
             try:
                 await _listen(app, listener, client, stop, progress)
             finally:
