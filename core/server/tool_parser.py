@@ -224,7 +224,9 @@ class CallReader:
         """They are not: all of it is content, but what the last character may begin."""
         text, last = "".join(self._held[:-1]), self._held[-1]
         self._again("text" if self._form.mark else "plain")
-        self._release(text)
+        sure = text.rstrip(_SPACE) if self._form.mark else text
+        self._release(sure)
+        self._held += text[len(sure) :]
         self._step(last)
 
     def _again(self, state: Literal["text", "plain"]) -> None:

@@ -137,7 +137,7 @@ class ToolUse:
         form, calls = self.form, self._calls()
         if not form.mark:
             more = "" if self.single else f' ("{form.separator} " call)*'
-            return f"start: TEXT? | call{more}\nTEXT: /[^{{ \\n](.|\\n)*/\n{calls}"
+            return f"start: TEXT? | call{more}\nTEXT: /[ \\n]*[^{{ \\n](.|\\n)*/\n{calls}"
         again = "" if self.single or not form.separator else f' ("{form.separator} " call)*'
         begin, end = (_literal(part) for part in _spaced(form))
         mark = form.mark

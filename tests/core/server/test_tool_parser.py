@@ -62,7 +62,7 @@ CASES: list[tuple[str, str, Told]] = [
     ("hermes", tag("[1]"), (tag("[1]"), [])),
     ("hermes", f"<tool_call>{tag(ADD)}", ("<tool_call>", [ADD_TOLD])),
     ("hermes", f"<tool_call>{ADD}</tool_{tag(RAIN)}", (f"<tool_call>{ADD}</tool_", [RAIN_TOLD])),
-    ("hermes", f" <tool_call>{{{tag(ADD)}", (" <tool_call>{", [ADD_TOLD])),
+    ("hermes", f" <tool_call>{{ {tag(ADD)}", (" <tool_call>{", [ADD_TOLD])),
     ("hermes", tag('{"name": "rm", "arguments": {}}'),
      (tag('{"name": "rm", "arguments": {}}'), [])),
     ("hermes", tag('{"name": "add"}'), (tag('{"name": "add"}'), [])),

@@ -1,14 +1,25 @@
 """Tools through OpenAI's client: of scripted answers, and of a model of random weights."""
 
+import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from tokenizers import AddedToken, Tokenizer
 
-from infopt.core.server.tools import MAX_FORCED_CALLS, MAX_TOOLS, MAX_TOOLS_BYTES
+from infopt.core.runtime.grammar import GrammarCompiler
+from infopt.core.server.tool_parser import FORMS
+from infopt.core.server.tools import (
+    MAX_FORCED_CALLS,
+    MAX_TOOLS,
+    MAX_TOOLS_BYTES,
+    Tool,
+    ToolUse,
+)
 
 HELLO: Any = [{"role": "user", "content": "What is 1 + 2, and is it raining?"}]
 ADD: Any = {
@@ -229,6 +240,71 @@ def test_strict_tools_bind_the_answer_by_a_grammar(
     app = in_process("No.", tool_parser=parser)
     both_ways(app, tools=[ADD, STRICT])
     assert all(params.grammar.kind == "lark" for _, params in app.engine.asked)
+
+
+@pytest.fixture(scope="module")
+def marked(default_artifact: Any) -> Tokenizer:
+    """A tokenizer with the marks of two forms among its special tokens."""
+    found = Tokenizer.from_file(str(default_artifact.path / "tokenizer.json"))
+    found.add_special_tokens([AddedToken("[TOOL_CALLS]"), AddedToken("<tool_call>")])
+    return found
+
+
+def test_marks_that_are_special_tokens_are_seen(in_process: Any, tokenizer: Any) -> None:
+    """Others of the kind are left out of the text, as ever."""
+    known = copy.deepcopy(tokenizer)
+    known.add_special_tokens({"additional_special_tokens": ["<tool_call>", "[TOOL_CALLS]"]})
+    assert len(known.encode("<tool_call>")) == 1
+    app = partial(in_process.func, known)
+    text = f"<|im_start|>So<|im_end|> <tool_call>{{ {CALL}"
+    told = {"content": "So <tool_call>{", "calls": [("add", '{"a": 1, "b": 2}')]}
+    assert both_ways(app(text), tools=TOOLS) == [{**told, "reason": "tool_calls"}]
+    array = '[TOOL_CALLS][{"name": "now", "arguments": {}}]'
+    (found,) = both_ways(app(array, tool_parser="mistral"), tools=TOOLS)
+    assert found["calls"] == [("now", "{}")] and found["content"] == ""
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("special", [False, True], ids=["text", "special tokens"])
+def test_what_the_grammar_of_strict_tools_lets_pass(
+    default_artifact: Any, marked: Tokenizer, form: str, special: bool
+) -> None:
+    """Any text, and calls; of the strict tool only those that match its schema."""
+    tokenizer = marked
+    if not special:
+        tokenizer = Tokenizer.from_file(str(default_artifact.path / "tokenizer.json"))
+    mark = FORMS[form].mark
+    ids = {mark: marked.token_to_id(mark)} if special and mark else {}
+    tools = tuple(map(Tool.model_validate, (STRICT, ADD)))
+    grammar = ToolUse(tools, forced=False, single=False, form=FORMS[form], mark_ids=ids).grammar()
+    assert grammar is not None
+    end = 2
+    compiler = GrammarCompiler(tokenizer.to_str(), tokenizer.get_vocab_size(), [end])
+
+    def passes(text: str) -> bool:
+        constraint = compiler.compile(grammar)
+        for token in tokenizer.encode(text, add_special_tokens=False).ids:
+            if not constraint.allowed()[token]:
+                return False
+            assert constraint.accept(token)
+        return constraint.is_over or bool(constraint.allowed()[end])
+
+    def written(*calls: str) -> str:
+        match form:
+            case "hermes":
+                return "".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
+            case "mistral":
+                return f"[TOOL_CALLS][{', '.join(calls)}]"
+        return "; ".join(calls)
+
+    rain = '{"name": "is_raining", "arguments": {"city": "Zürich"}}'
+    loose = '{"name": "add", "arguments": {"c": [1, 2]}}'
+    for text in ("", "So it < is [ { a }", " So", written(rain), written(loose, rain)):
+        assert passes(text), text
+    for bad in (rain.replace("Zürich", "Bern"), rain.replace("is_raining", "rm"), rain[:-1]):
+        assert not passes(written(bad)), bad
+    if mark:
+        assert passes(f"Let me see: {written(rain)} So.")
 
 
 def deep(levels: int) -> Any:
