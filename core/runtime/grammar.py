@@ -137,7 +137,7 @@ class GrammarCompiler:
         """Raises UsageError for a grammar that is none, or that nothing matches."""
         from llguidance import LLMatcher
 
-        _check_multiples(grammar)
+        check_multiples(grammar)
         # The matcher never raises for what users write: it says what is wrong when asked.
         matcher = LLMatcher(self._tokenizer, _source(grammar), log_level=0)
         if matcher.is_error():
@@ -146,7 +146,7 @@ class GrammarCompiler:
         return Constraint(matcher, self._vocabulary)
 
 
-def _check_multiples(grammar: Grammar) -> None:
+def check_multiples(grammar: Grammar) -> None:
     """Raise UsageError for `multipleOf` in schemas that would take too long to compile."""
     found: set[int] = set()
 

@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from infopt.core.errors import UsageError
+from infopt.core.runtime.grammar import Grammar, check_multiples
 from infopt.core.server.structured import Schema
 
 OBJECT: Schema = {"type": "object"}
@@ -35,6 +37,10 @@ def schema_fault(schema: Schema) -> str | None:
 
 def refusal(schema: Schema) -> str | None:
     """Why no grammar can be made of a sound schema, if so; without llguidance that is not known."""
+    try:
+        check_multiples(Grammar.json_schema(schema))
+    except UsageError as error:
+        return f"does not work: {error.message}"
     try:
         from llguidance import LLMatcher
     except ImportError:

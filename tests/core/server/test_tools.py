@@ -362,6 +362,8 @@ REFUSED: list[tuple[Chat, str]] = [
      "tools.0.function.parameters"),
     ({"tools": [tool(a={"pattern": "(", "type": "string"})], "tool_choice": "required"},
      "tools.0.function.parameters"),
+    ({"tools": [ADD, tool(a={"multipleOf": 999_983})], "tool_choice": "required"},
+     "tools.1.function.parameters"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": "auto", "tools": []}, "tool_choice"),
     ({"tool_choice": NAMED}, "tool_choice"),
@@ -468,6 +470,24 @@ def test_a_random_model_calls_what_it_is_told_to(client: openai.OpenAI, name: st
         ((called, text),) = told["calls"]
         assert called == name and told["reason"] == "tool_calls"
         check_call(called, text)
+
+
+def test_log_probabilities_are_of_every_token(client: openai.OpenAI) -> None:
+    """Of those that calls are made of as well."""
+    ask = {**HOT, "tools": TOOLS, "tool_choice": "required", "seed": 1, "logprobs": True}
+    answer = client.chat.completions.create(**ask)
+    assert answer.choices[0].logprobs is not None and answer.usage is not None
+    entries = answer.choices[0].logprobs.content or []
+    assert len(entries) == answer.usage.completion_tokens
+    (told, *_) = message_of(answer.choices[0])["calls"]
+    assert f'"name": "{told[0]}", "arguments": {told[1]}' in "".join(e.token for e in entries)
+    streamed = [
+        entry.token
+        for chunk in client.chat.completions.create(stream=True, **ask)
+        if chunk.choices[0].logprobs is not None
+        for entry in chunk.choices[0].logprobs.content or ()
+    ]
+    assert streamed == [entry.token for entry in entries]
 
 
 def test_required_without_parallel_calls_is_one(client: openai.OpenAI) -> None:
