@@ -220,6 +220,25 @@ def test_preempted_it_goes_on_where_it_was(
     close(torch.tensor(outputs["long"][-1].embedding), pooled(tiny_reference[1], long, MEAN))
 
 
+def test_no_logits_are_computed_for_it(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, rows = make_engine(), list[int]()
+    logits = engine._runner.decoder.logits
+
+    def counted(hidden: Tensor, of: Tensor | None = None) -> Tensor:
+        chosen = hidden if of is None else hidden[of]
+        rows.append(len(chosen))
+        return logits(chosen)
+
+    monkeypatch.setattr(engine._runner, "logits", counted)
+    embed(engine, [prompt_of(5), prompt_of(1)], MEAN)
+    assert sum(rows) == 0
+    engine.add("beside", prompt_of(5), GREEDY)
+    embed(engine, [prompt_of(1), prompt_of(5)], LAST)
+    assert sum(rows) == 8
+
+
 def test_aborted_it_frees_its_blocks(make_engine: MakeEngine) -> None:
     engine = make_engine(max_batch_tokens=6)
     engine.add("x", prompt_of(40), MEAN)

@@ -38,6 +38,9 @@ SAMPLED: Any = {
     "top_k": 5,
     "min_p": 0.1,
     "repetition_penalty": 1.1,
+    "min_tokens": 4,
+    "ignore_eos": True,
+    "skip_special_tokens": False,
     "stop_token_ids": [7],
     "priority": 1,
     "cache_salt": "s",
@@ -54,7 +57,10 @@ Send = Callable[[str, bytes], int]
 BODIES: list[tuple[str, Any]] = [
     ("/v1/completions", {**SAMPLED, "prompt": ["a", "b"], "echo": True, "logprobs": 2}),
     ("/v1/completions", {**SAMPLED, **STREAMED, "prompt": [[1, 2], [3]]}),
-    ("/v1/completions", {"prompt": "a", "n": 2, "max_tokens": 4, "use_beam_search": True}),
+    (
+        "/v1/completions",
+        {"prompt": "a", "n": 2, "max_tokens": 4, "use_beam_search": True, "temperature": 0},
+    ),
     ("/v1/completions", {"prompt": "a", "structured_outputs": {"json": SCHEMA}}),
     ("/v1/chat/completions", {**SAMPLED, "messages": CHAT, "logprobs": True, "top_logprobs": 2}),
     (
@@ -88,7 +94,23 @@ BODIES: list[tuple[str, Any]] = [
 ]
 PATHS = sorted({path for path, _ in BODIES})
 
-ODD = [None, True, 0, -1, 2**31, -(2**63), 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf")]
+ODD = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    2,
+    -1,
+    2**31,
+    -(2**63),
+    10**400,
+    0.5,
+    -0.0,
+    1e308,
+    float("nan"),
+    float("inf"),
+]
 ODD += [
     "",
     "x",
@@ -127,7 +149,11 @@ values = st.recursive(
     max_leaves=5,
 )
 changes = st.lists(
-    st.tuples(st.sampled_from(["set", "drop", "add", "nest"]), st.integers(0, 10**6), values),
+    st.tuples(
+        st.sampled_from(["set", "drop", "add", "nest", "graft", "graft", "small"]),
+        st.integers(0, 10**6),
+        values,
+    ),
     min_size=1,
     max_size=4,
 )
@@ -155,6 +181,12 @@ def changed(body: Any, change: tuple[str, int, Any]) -> None:
     match kind:
         case "set":
             owner[last] = value
+        case "small":
+            owner[last] = number % 7
+        case "graft":  # what another body has, which may not go with the rest
+            donor = BODIES[number % len(BODIES)][1]
+            key = list(donor)[number // len(BODIES) % len(donor)]
+            body[key] = copy.deepcopy(donor[key])
         case "drop":
             del owner[last]
         case "add" if isinstance(owner, dict):
