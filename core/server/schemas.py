@@ -45,8 +45,8 @@ def refusal(schema: Schema) -> str | None:
         from llguidance import LLMatcher
     except ImportError:
         return None  # the engine says so
-    error = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
-    return f"is refused: {' '.join(error.split())[:300]}" if error else None
+    said = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+    return f"is refused: {' '.join(said.split())[:300]}" if said else None
 
 
 def compact(schema: Schema) -> Schema:
