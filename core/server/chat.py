@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from infopt.core.runtime.grammar import Grammar
 from infopt.core.runtime.request import MAX_LOGPROBS, SamplingParams
-from infopt.core.server.protocol import Body
+from infopt.core.server.protocol import Body, is_text
 from infopt.core.server.structured import refused
 from infopt.core.server.tools import Tool, ToolChoice, Tools, check_tools
 
@@ -98,7 +98,7 @@ class ChatMessage(BaseModel):
 
 
 def arguments(text: str) -> dict[str, Any] | None:
-    """The object that a call's arguments are; none at all are an empty one, and None is no object.
+    """The object that a call's arguments are, if they are one; an empty text is an empty one.
 
     Templates write them as JSON, and would write text with its quotes.
     """
@@ -106,7 +106,7 @@ def arguments(text: str) -> dict[str, Any] | None:
         found = json.loads(text or "{}")
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return found if isinstance(found, dict) and is_text(found) else None
 
 
 Messages = Annotated[list[ChatMessage], Field(min_length=1)]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from infopt.core.recipe.serve import ToolParser
 from infopt.core.server.chat import ChatMessage, ChatRequest
 from infopt.core.server.protocol import ApiError, CompletionRequest, check_count
-from infopt.core.server.render import FAULTS, form_of, marks_of, render, template_of
+from infopt.core.server.render import form_of, marks_of, render, template_of
 from infopt.core.server.tool_parser import FORMS
 from infopt.core.server.tools import NamedTool, Tool, ToolUse
 
@@ -58,10 +58,6 @@ class Prompts:
 
         The template writes the special tokens itself.
         """
-        if not self.tokenizer.chat_template:
-            raise ApiError(
-                400, "this model has no chat template: use /v1/completions", code="no_chat_template"
-            )
 
         def work() -> list[int]:
             told = [message.plain() for message in messages]
@@ -69,13 +65,7 @@ class Prompts:
             text = render(self.tokenizer, told, known, answered=answered)
             return self._encode(text, add_special_tokens=add_special_tokens)
 
-        try:
-            prompt = await self.beside(work)
-        except FAULTS as error:
-            reason = " ".join(str(error).split())
-            raise ApiError(
-                400, f"the chat template refuses the messages: {reason}", param="messages"
-            ) from error
+        prompt = await self.beside(work)
         self._check_tokens(prompt, "messages")
         return prompt
 

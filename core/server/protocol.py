@@ -96,11 +96,11 @@ class Given(BaseModel):
             return values
         kept = {}
         for key, value in values.items():
-            if not _is_text([key, value]):
+            if not is_text([key, value]):
                 raise PydanticCustomError(
                     "unsupported_value",
                     "{key} holds half a character: a surrogate without its pair",
-                    {"key": key if _is_text(key) else ascii(key)},
+                    {"key": key if is_text(key) else ascii(key)},
                 )
             if key in cls.NEUTRAL:
                 if not any(_same(value, neutral) for neutral in cls.NEUTRAL[key]):
@@ -234,7 +234,7 @@ class CompletionRequest(Body):
         return self.sampling(max_tokens, self.logprobs, self.logprobs if self.echo else None)
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     """Whether every string in a JSON value can be written as UTF-8; \\ud800 alone cannot."""
     todo = [value]
     while todo:

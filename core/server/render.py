@@ -3,16 +3,18 @@
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from jinja2 import TemplateError
 
 from infopt.core.recipe.serve import ToolParser
+from infopt.core.server.protocol import ApiError
 from infopt.core.server.tool_parser import FORMS, Form
 
 Message = dict[str, Any]
-# What writes a template may stumble over, for messages that nobody foresaw.
-FAULTS = (TemplateError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+# Templates are programs: on a chat that their authors did not foresee they fail in any way.
+_FAULTS = (TemplateError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 _TOOLS = """You may call functions. These, described as JSON, are at hand:
 <tools>
@@ -26,14 +28,17 @@ _READS_TOOLS = re.compile(r"\btools\b")
 
 
 def template_of(tokenizer: Any, tools: bool) -> str:
-    """The tokenizer's chat template; some have one of their own for tools. Empty if there is none.
+    """The tokenizer's chat template; some have one of their own for tools.
 
-    Raises ValueError where there are several, and none is the default.
+    ApiError where there is none, or there are several and none is the default.
     """
-    if not tokenizer.chat_template:
-        return ""
-    found: str = tokenizer.get_chat_template(tools=[{}] if tools else None)
-    return found
+    if tokenizer.chat_template:
+        with suppress(ValueError):
+            found: str = tokenizer.get_chat_template(tools=[{}] if tools else None)
+            return found
+    raise ApiError(
+        400, "this model has no chat template: use /v1/completions", code="no_chat_template"
+    )
 
 
 def form_of(parser: ToolParser, template: str) -> Form | None:
@@ -61,7 +66,7 @@ def marks_of(tokenizer: Any, form: Form) -> dict[str, int]:
 def render(
     tokenizer: Any, messages: Sequence[Message], tools: Sequence[Message], *, answered: bool = True
 ) -> str:
-    """Messages through the model's template, which may refuse them: see `FAULTS`.
+    """Messages through the model's template; ApiError where that refuses them.
 
     One that knows no tools gets their descriptions, calls and results as text. With `answered`, the
     text ends where the answer begins.
@@ -69,13 +74,19 @@ def render(
     template = template_of(tokenizer, bool(tools))
     if not _READS_TOOLS.search(template):
         messages, tools = as_text(messages, tools), ()
-    text: str = tokenizer.apply_chat_template(
-        list(messages),
-        tools=list(tools) or None,
-        chat_template=template,
-        tokenize=False,
-        add_generation_prompt=answered,
-    )
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(messages),
+            tools=list(tools) or None,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=answered,
+        )
+    except _FAULTS as error:
+        reason = " ".join(str(error).split())
+        raise ApiError(
+            400, f"the chat template refuses the messages: {reason}", param="messages"
+        ) from error
     return text
 
 

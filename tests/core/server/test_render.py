@@ -6,6 +6,7 @@ import pytest
 
 from infopt.core.recipe.serve import ToolParser
 from infopt.core.server.chat import ChatMessage
+from infopt.core.server.protocol import ApiError
 from infopt.core.server.render import as_text, form_of, marks_of, render, template_of
 from infopt.core.server.tool_parser import FORMS
 from infopt.core.server.tools import Tool
@@ -97,9 +98,24 @@ def test_tokenizers_with_several_templates(tokenizer: Any) -> None:
     both = with_template(tokenizer, {"default": PLAIN, "tool_use": QWEN})
     assert template_of(both, tools=True) == QWEN and template_of(both, tools=False) == PLAIN
     assert "<tools>" in render(both, CHAT, [ADD]) and "<tools>" not in render(both, CHAT, [])
-    assert template_of(with_template(tokenizer, None), tools=True) == ""
-    with pytest.raises(ValueError):
-        template_of(with_template(tokenizer, {"rag": PLAIN}), tools=False)
+    for none in (None, {"rag": PLAIN}):
+        with pytest.raises(ApiError, match="no chat template"):
+            template_of(with_template(tokenizer, none), tools=False)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('roles must take turns') }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ messages[99].content.x }}",
+        "{% for m in messages",
+    ],
+)
+def test_a_template_that_fails_is_told_as_a_refusal(tokenizer: Any, template: str) -> None:
+    with pytest.raises(ApiError, match="the chat template refuses") as refusal:
+        render(with_template(tokenizer, template), CHAT[:2], [])
+    assert refusal.value.status == 400
 
 
 def test_marks_among_the_special_tokens(tokenizer: Any) -> None:

@@ -389,6 +389,9 @@ REFUSED: list[tuple[Chat, str]] = [
     ({"messages": [{"role": "assistant", "tool_calls": [
         {**CALLED, "function": {"name": "add", "arguments": "{"}}]}]},
      "messages.0.tool_calls.0.function.arguments"),
+    ({"messages": [{"role": "assistant", "tool_calls": [
+        {**CALLED, "function": {"name": "add", "arguments": '{"a": "\\ud800"}'}}]}]},
+     "messages.0.tool_calls.0.function.arguments"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]},
      "messages.0.tool_calls.0.function"),
 ]  # fmt: skip
