@@ -142,7 +142,8 @@ class CallReader:
             self._tell()
         else:
             rest = "".join(self._held)
-            self._release(rest.strip(_SPACE) and rest if self._ended_call else rest)
+            if rest.strip(_SPACE) or not self._ended_call:
+                self._release(rest)
         self._held, self._state = [], "plain"
         return self._take()
 

@@ -102,9 +102,9 @@ class ToolUse:
 
     def reader(self) -> Reader:
         names = frozenset(tool.function.name for tool in self.tools)
-        return (
-            ForcedReader(names) if self.forced else CallReader(self.form, names, single=self.single)
-        )
+        if self.forced:
+            return ForcedReader(names)
+        return CallReader(self.form, names, single=self.single)
 
     @property
     def is_bound(self) -> bool:
