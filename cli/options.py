@@ -20,6 +20,19 @@ class BatchingWord(StrEnum):
     continuous = "continuous"
 
 
+class ToolParserWord(StrEnum):
+    auto = "auto"
+    hermes = "hermes"
+    llama3_json = "llama3-json"
+    mistral = "mistral"
+    none = "none"
+
+
+class PoolingWord(StrEnum):
+    mean = "mean"
+    last = "last"
+
+
 class KvDTypeWord(StrEnum):
     auto = "auto"
     int8 = "int8"
@@ -111,6 +124,22 @@ Chat = Annotated[
     ),
 ]
 
+ToolParser = Annotated[
+    ToolParserWord | None,
+    typer.Option(
+        "--tool-parser",
+        help="The form in which the model writes calls of tools; auto: what its template says.",
+        show_default="auto",
+    ),
+]
+Pooling = Annotated[
+    PoolingWord | None,
+    typer.Option(
+        "--pooling",
+        help="Of hidden states into embeddings, where a client does not say.",
+        show_default="mean",
+    ),
+]
 BlockSize = Annotated[
     int | None,
     typer.Option("--block-size", help="Token slots per KV block.", show_default="16"),

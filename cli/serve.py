@@ -26,6 +26,8 @@ def serve(
             "--model-name", help="The name that clients ask for.", show_default="the artifact's"
         ),
     ] = None,
+    tool_parser: opt.ToolParser = None,
+    pooling: opt.Pooling = None,
     block_size: opt.BlockSize = None,
     kv_blocks: opt.KvBlocks = None,
     kv_dtype: opt.KvDType = None,
@@ -163,6 +165,8 @@ def serve(
         "host": host,
         "port": port,
         "model_name": model_name,
+        "tool_parser": tool_parser,
+        "pooling": pooling,
         "block_size": block_size,
         "kv_blocks": kv_blocks,
         "kv_dtype": kv_dtype,

@@ -36,13 +36,16 @@ def calibration_tokens(artifact: Artifact, settings: CalibrationSettings, seed: 
 def unread_settings(
     settings: CalibrationSettings, *, read: tuple[str, ...] = ()
 ) -> tuple[str, ...]:
-    """A warning for each setting off its default where the method looks at those in `read` only."""
+    """A warning that names the settings off their defaults, where only those in `read` are."""
     fields = type(settings).model_fields
-    return tuple(
-        f"{key} {getattr(settings, key)} was not read: nothing here sees the calibration text"
-        for key in fields
-        if key not in read and getattr(settings, key) != fields[key].default
-    )
+    unread = [
+        key
+        for key, field in fields.items()
+        if key not in read and getattr(settings, key) != field.default
+    ]
+    if not unread:
+        return ()
+    return (f"not read, for nothing here sees the calibration text: {', '.join(unread)}",)
 
 
 def batches(tokens: Tensor, batch_tokens: int) -> tuple[Tensor, ...]:

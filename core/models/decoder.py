@@ -161,11 +161,14 @@ class Decoder:
             x = x.add_(self.positions(inputs.positions))
         return x
 
+    def states(self, hidden: Tensor) -> Tensor:
+        """[R, hidden] -> [R, embedding size]: what the head reads, after the last norm."""
+        x = hidden if self.norm is None else self.norm(hidden)
+        return x if self.project_out is None else self.project_out(x)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden] -> [R, vocabulary], for the rows that need them only."""
-        x = hidden if self.norm is None else self.norm(hidden)
-        if self.project_out is not None:
-            x = self.project_out(x)
+        x = self.states(hidden)
         found, cap = self.head(x), self.config.logit_cap
         return found if cap is None else found.div_(cap).tanh_().mul_(cap)
 

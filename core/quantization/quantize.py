@@ -89,8 +89,7 @@ def quantize(
             # It would come again: there is nothing to continue.
             checkpoint.discard()
             raise
-        seen = _tokens_seen(job, tokens)
-        told = (*made.warnings, *_told(made.job, seen), *_warnings(made.rows))
+        told = (*made.warnings, *_told(made.job, tokens), *_warnings(made.rows))
         written = publish(made.staged, output, replace=replace)
         checkpoint.discard()
     return QuantizeReport(
@@ -108,7 +107,7 @@ def quantize(
         bits_per_weight=_bits_per_weight(written, made.job),
         bytes=written.weight_bytes,
         original_bytes=artifact.weight_bytes,
-        calibration_tokens=seen,
+        calibration_tokens=_tokens_seen(job, tokens),
         resumed_blocks=resumed,
         seconds=time.monotonic() - started,
         peak_memory_bytes=_peak_memory(job.device),
@@ -169,9 +168,9 @@ def _tokens_seen(job: Job, tokens: Tensor) -> int:
     return sensitivity_tokens(tokens).numel() if job.settings.scheme == "mixed" else 0
 
 
-def _told(job: Job, seen: int) -> tuple[str, ...]:
+def _told(job: Job, tokens: Tensor) -> tuple[str, ...]:
     """What a user of the artifact should know of its loaders, and of settings without effect."""
-    unread = () if seen else unread_settings(job.settings.calibration)
+    unread = () if _tokens_seen(job, tokens) else unread_settings(job.settings.calibration)
     if job.settings.format == "gptq" and job.experts:
         return (
             *unread,

@@ -11,6 +11,9 @@ Batching = Literal["static", "dynamic", "continuous"]
 BATCH_WAIT_MS = 50.0
 PREFIX_DISK_BYTES = 4 * 2**30
 KvDType = Literal["auto", "int8", "fp8"]
+Pooling = Literal["mean", "last"]
+"""Of a prompt's hidden states into one: their mean, or the last one."""
+ToolParser = Literal["auto", "hermes", "llama3-json", "mistral", "none"]
 
 
 class EngineSettings(Settings):
@@ -111,6 +114,10 @@ class ServeSettings(EngineSettings):
     """Its private key."""
     cors_origins: Words = ()
     """Pages of these origins may ask; * is any."""
+    tool_parser: ToolParser = "auto"
+    """The form in which the model writes calls of tools; auto: what its chat template says."""
+    pooling: Pooling = "mean"
+    """Of embeddings, where a client does not say."""
     ask: Words = ()
     """Start, ask these as chats, stop; in a run, the server stays up for the steps that follow."""
 

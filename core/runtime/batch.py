@@ -27,8 +27,8 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Scoring:
-    """Rows of a step that tell how likely the prompt's tokens behind them were."""
+class Reading:
+    """Rows of a step whose hidden states tell of the request's prompt."""
 
     request: Request
     rows: range
@@ -42,7 +42,7 @@ class Batch:
     rows: Tensor | None
     """int64 [R], in the order of `sampling`; None where every row is wanted."""
     sampling: tuple[Work, ...]
-    scoring: tuple[Scoring, ...]
+    reading: tuple[Reading, ...]
 
 
 def build_batch(
@@ -69,17 +69,17 @@ def build_batch(
         if len(wanted) == ends[-1]
         else torch.tensor(wanted, dtype=torch.int64, device=device),
         sampling=tuple(item for item in ordered if item.samples),
-        scoring=tuple(
-            Scoring(item.request, rows)
+        reading=tuple(
+            Reading(item.request, rows)
             for item, end in zip(ordered, ends, strict=True)
-            if (rows := _scored_rows(item, end))
+            if (rows := _read_rows(item, end))
         ),
     )
 
 
-def _scored_rows(item: Work, end: int) -> range:
-    """Rows, of those that end before `end`, whose logits score the request's prompt."""
-    first, wanted = item.request.computed, item.request.unscored
+def _read_rows(item: Work, end: int) -> range:
+    """Rows, of those that end before `end`, that tell of the request's prompt."""
+    first, wanted = item.request.computed, item.request.unread
     start, stop = max(first, wanted.start), min(first + item.tokens, wanted.stop)
     shift = end - item.tokens - first
     return range(start + shift, max(start, stop) + shift)

@@ -24,9 +24,16 @@ from infopt.core.runtime.grammar import (
     tokenizer_source,
 )
 from infopt.core.runtime.kv_cache import KVCache, blocks_that_fit, cache_dtype
-from infopt.core.runtime.limits import held_sequence, longest_sequence, read_eos_token_ids
+from infopt.core.runtime.limits import (
+    check_request,
+    held_sequence,
+    longest_sequence,
+    read_eos_token_ids,
+    requested_length,
+)
 from infopt.core.runtime.model_runner import ModelRunner
 from infopt.core.runtime.penalties import changes_logits
+from infopt.core.runtime.pooling import embedding, pool
 from infopt.core.runtime.prefix_cache import PrefixCache
 from infopt.core.runtime.prefix_tiers import open_store
 from infopt.core.runtime.request import FinishReason, Joined, Request, SamplingParams, StepOutput
@@ -126,12 +133,8 @@ class Engine:
         """
         if request_id in self._requests:
             raise UsageError(f"there is a request {request_id!r} already")
-        if not prompt:
-            raise UsageError("the prompt is empty")
-        self._check_tokens("the prompt has a token", prompt)
-        self._check_tokens("logit_bias has a token", [token for token, _ in params.logit_bias])
-        self._check_tokens("stop_token_ids has a token", params.stop_token_ids)
-        max_length = self._max_length(len(prompt), params.max_tokens)
+        check_request(prompt, params, self._runner.decoder.config.vocab_size)
+        max_length = requested_length(len(prompt), params, self.max_model_len)
         drawn = self._seeds.getrandbits(63)
         request = Request(
             request_id=request_id,
@@ -186,7 +189,7 @@ class Engine:
         logits = self._runner.logits(hidden, batch.rows)
         ran = time.perf_counter()
         self._scheduler.advance(step)
-        outputs += self._score(batch, hidden)
+        outputs += self._read(batch, hidden)
         outputs += self._extend_beams(batch, logits)
         requests, rows = self._answers(batch)
         if rows != list(range(len(logits))):
@@ -236,11 +239,6 @@ class Engine:
         """Assert that every block is free or owned as often as it stands in tables; for tests."""
         self._pool.check(request.blocks for group in self._requests.values() for request in group)
 
-    def _check_tokens(self, what: str, tokens: Sequence[int]) -> None:
-        vocabulary = self._runner.decoder.config.vocab_size
-        if not all(0 <= token < vocabulary for token in tokens):
-            raise UsageError(f"{what} that is not among the model's {vocabulary}")
-
     def _constraint(self, grammar: Grammar | None) -> Constraint | None:
         if grammar is None:
             return None
@@ -248,14 +246,26 @@ class Engine:
             raise UsageError("this engine has no tokenizer, which a grammar needs")
         return self._grammars().compile(grammar)
 
-    def _score(self, batch: Batch, hidden: Tensor) -> list[StepOutput]:
-        """Note how likely the tokens of prompts were; a prompt without finite logits is over."""
+    def _read(self, batch: Batch, hidden: Tensor) -> list[StepOutput]:
+        """Note how likely the tokens of prompts were, and add up their embeddings.
+
+        A prompt is over that has its embedding, or whose numbers are not finite.
+        """
         outputs: list[StepOutput] = []
-        for scoring in batch.scoring:
-            request = scoring.request
-            if (place := score(request, hidden, scoring.rows, self._runner.logits)) is not None:
-                fault = self._fault(batch, place, len(request.prompt_logprobs) + 1)
+        for reading in batch.reading:
+            request, rows, runner = reading.request, reading.rows, self._runner
+            if request.params.pooling is None:
+                place = score(request, hidden, rows, runner.logits)
+            else:
+                place = pool(request, hidden, rows, runner.states)
+            if place is not None:
+                fault = self._fault(batch, place, request.unread.start + 1)
                 outputs += self._end_all(request.request_id, "error", fault)
+            elif (found := embedding(request)) is not None:
+                self._finish(request)
+                outputs.append(
+                    StepOutput(request.request_id, finish_reason="stop", embedding=found)
+                )
         return outputs
 
     def _draw(self, request: Request) -> Draw:
@@ -372,16 +382,6 @@ class Engine:
         group.remove(request)
         if not group:
             del self._requests[request.request_id]
-
-    def _max_length(self, prompt: int, max_tokens: int | None) -> int:
-        length = self.max_model_len if max_tokens is None else prompt + max_tokens
-        if max(length, prompt + 1) > self.max_model_len:
-            asked = "" if max_tokens is None else f" and {max_tokens} new ones"
-            raise UsageError(
-                f"{prompt} prompt tokens{asked} do not fit: this engine holds {self.max_model_len}",
-                "shorten the prompt, lower max_tokens, or raise --max-model-len or --kv-blocks",
-            )
-        return length
 
 
 def _rules(settings: EngineSettings, blocks: int, window: int | None) -> Rules:

@@ -1,8 +1,12 @@
 """What an answer has to match, and the place that an answer on its way has in it."""
 
 import json
+import math
+import re
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal
 
 import torch
@@ -15,8 +19,12 @@ from infopt.core.errors import UnsupportedError, UsageError
 GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
 MAX_GRAMMAR = 64 * 1024
 """Characters: grammars are compiled between two steps of the engine."""
+MAX_MULTIPLES = 10_000
+"""What the `multipleOf` of a grammar may multiply to, zeros at their ends aside: each remainder is
+a state of its automaton, and a million of them are ten seconds in which nobody gets a token."""
 # Room for indentation, and an end: a weak model would go on with white space to its last token.
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,20}"
+_SCHEMA_IN_LARK = re.compile(r"%json\s*")
 _EIGHT = torch.arange(8, dtype=torch.uint8)
 
 
@@ -129,12 +137,40 @@ class GrammarCompiler:
         """Raises UsageError for a grammar that is none, or that nothing matches."""
         from llguidance import LLMatcher
 
+        check_multiples(grammar)
         # The matcher never raises for what users write: it says what is wrong when asked.
         matcher = LLMatcher(self._tokenizer, _source(grammar), log_level=0)
         if matcher.is_error():
             reason = " ".join(str(matcher.get_error()).split())
             raise UsageError(f"the {grammar.kind} is refused: {reason[:300]}")
         return Constraint(matcher, self._vocabulary)
+
+
+def check_multiples(grammar: Grammar) -> None:
+    """Raise UsageError for `multipleOf` in schemas that would take too long to compile."""
+    found: set[int] = set()
+
+    def pairs(members: list[tuple[str, Any]]) -> None:
+        for key, value in members:
+            if key == "multipleOf" and isinstance(value, Decimal):
+                digits = "".join(map(str, value.as_tuple().digits)).rstrip("0")
+                found.add(int(digits[:20] or "1"))
+
+    decoder = json.JSONDecoder(
+        object_pairs_hook=pairs, parse_int=Decimal, parse_float=Decimal, parse_constant=str
+    )
+    match grammar.kind:
+        case "json_schema":
+            starts = [len(grammar.text) - len(grammar.text.lstrip())]
+        case "lark":
+            starts = [place.end() for place in _SCHEMA_IN_LARK.finditer(grammar.text)]
+        case _:
+            return
+    for start in starts:
+        with suppress(ValueError, RecursionError):  # which llguidance then has words for
+            decoder.raw_decode(grammar.text, start)
+    if math.prod(found) > MAX_MULTIPLES:
+        raise UsageError(f"the {grammar.kind} is refused: multipleOf comes to over {MAX_MULTIPLES}")
 
 
 def _source(grammar: Grammar) -> str:

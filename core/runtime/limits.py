@@ -1,9 +1,12 @@
-"""How long a sequence may be, and which tokens end one."""
+"""How long a sequence may be, what may be in it, and which tokens end one."""
+
+from collections.abc import Sequence
 
 from infopt.core.artifact.read import Artifact, read_json
 from infopt.core.errors import ResourceError, UsageError
 from infopt.core.models.config import ModelConfig, token_ids
 from infopt.core.recipe.serve import EngineSettings
+from infopt.core.runtime.request import SamplingParams
 
 
 def longest_sequence(config: ModelConfig, settings: EngineSettings) -> int:
@@ -32,6 +35,33 @@ def held_sequence(limit: int, slots: int, settings: EngineSettings) -> int:
             "lower --max-model-len or raise --kv-blocks",
         )
     return min(limit, slots)
+
+
+def check_request(prompt: Sequence[int], params: SamplingParams, vocabulary: int) -> None:
+    """Raise UsageError for a prompt that is empty, and for tokens that the model does not know."""
+    if not prompt:
+        raise UsageError("the prompt is empty")
+    for what, tokens in (
+        ("the prompt has a token", prompt),
+        ("logit_bias has a token", [token for token, _ in params.logit_bias]),
+        ("stop_token_ids has a token", params.stop_token_ids),
+    ):
+        if not all(0 <= token < vocabulary for token in tokens):
+            raise UsageError(f"{what} that is not among the model's {vocabulary}")
+
+
+def requested_length(prompt: int, params: SamplingParams, limit: int) -> int:
+    """Tokens that a request with a prompt of so many has at its end; UsageError beyond `limit`."""
+    new = 0 if params.pooling is not None else params.max_tokens
+    length = limit if new is None else prompt + new
+    least = prompt if new == 0 else prompt + 1
+    if max(length, least) > limit:
+        asked = f" and {new} new ones" if new else ""
+        raise UsageError(
+            f"{prompt} prompt tokens{asked} do not fit: this engine holds {limit}",
+            "shorten the prompt, lower max_tokens, or raise --max-model-len or --kv-blocks",
+        )
+    return length
 
 
 def read_eos_token_ids(artifact: Artifact) -> frozenset[int]:

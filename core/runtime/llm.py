@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from infopt.core.artifact.locate import locate
 from infopt.core.artifact.read import Artifact
-from infopt.core.errors import EngineError
-from infopt.core.recipe.serve import EngineSettings
+from infopt.core.errors import EngineError, UsageError
+from infopt.core.recipe.serve import EngineSettings, Pooling
 from infopt.core.runtime.engine import Engine
 from infopt.core.runtime.request import FinishReason, SamplingParams, StepOutput, TokenLogprob
 from infopt.core.text.detokenize import Detokenizer
@@ -44,10 +47,12 @@ class _Answer:
     reason: FinishReason | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    embedding: tuple[float, ...] = ()
 
     def take(self, output: StepOutput) -> None:
         self.tokens += output.token_ids
         self.logprobs += output.logprobs or ()
+        self.embedding = output.embedding or ()
         self.text += self.detokenizer.push(output.token_ids)
         self.reason = output.finish_reason
         if self.reason is not None:
@@ -81,6 +86,21 @@ class LLM:
         finite.
         """
         params = params or SamplingParams()
+        if params.pooling is not None:
+            raise UsageError("pooling is for embed")
+        answers = self._run(prompts, params)
+        return [_completion(answer, index, params) for (_, index), answer in answers.items()]
+
+    def embed(self, prompts: str | Sequence[Prompt], pooling: Pooling = "mean") -> Tensor:
+        """Embed all prompts together: float32 [prompts, hidden], each of length 1.
+
+        The hidden states of a prompt, after the last norm, are pooled into one. Raises as
+        `generate` does.
+        """
+        answers = self._run(prompts, SamplingParams(pooling=pooling))
+        return torch.tensor([answer.embedding for answer in answers.values()])
+
+    def _run(self, prompts: str | Sequence[Prompt], params: SamplingParams) -> dict[_Key, _Answer]:
         batch = [prompts] if isinstance(prompts, str) else list(prompts)
         answers = self._add([self._encode(prompt) for prompt in batch], params)
         try:
@@ -89,7 +109,7 @@ class LLM:
                     self._take(answers, output)
         finally:
             self._abort(answers)
-        return [_completion(answer, index, params) for (_, index), answer in answers.items()]
+        return answers
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

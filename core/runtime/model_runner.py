@@ -65,6 +65,11 @@ class ModelRunner:
         return self.decoder.logits(hidden if rows is None else hidden.index_select(0, rows))
 
     @torch.inference_mode()
+    def states(self, hidden: Tensor) -> Tensor:
+        """What the head reads of hidden states [R, hidden]."""
+        return self.decoder.states(hidden)
+
+    @torch.inference_mode()
     def first_fault(self, inputs: StepInputs, row: int) -> str:
         """The first layer whose output for a row of the step just run is not finite."""
         return self.decoder.first_fault(inputs, self.cache.layers, row)

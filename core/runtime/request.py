@@ -5,8 +5,10 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from infopt.core.errors import UsageError
+from infopt.core.recipe.serve import Pooling
 from infopt.core.runtime.grammar import Constraint, Grammar
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -22,6 +24,7 @@ _READ_BY_BEAMS = {
     *("max_tokens", "temperature", "stop_token_ids", "ignore_eos", "n", "priority", "cache_salt"),
     *("beam_width", "length_penalty", "early_stopping"),
 }
+_READ_BY_POOLING = {"pooling", "priority", "cache_salt"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,8 @@ class SamplingParams:
     early_stopping: bool | Literal["never"] = False
     """Search no further with `beam_width` complete answers (True), or when the best beam is no
     better than they are (False), or cannot become better ("never")."""
+    pooling: Pooling | None = None
+    """Choose no token: answer with the prompt's embedding."""
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -101,6 +106,7 @@ class SamplingParams:
             raise UsageError("stop must be a tuple of strings that are not empty")
         self._check_logits()
         self._check_beams()
+        self._check_pooling()
 
     def _check_logits(self) -> None:
         """Raise UsageError for what would not change the logits as it should."""
@@ -139,7 +145,7 @@ class SamplingParams:
         if not abs(self.length_penalty) <= MAX_LENGTH_PENALTY:
             limits = f"from -{MAX_LENGTH_PENALTY:g} to {MAX_LENGTH_PENALTY:g}"
             raise UsageError(f"length_penalty must be {limits} (got {self.length_penalty})")
-        changed = {each.name for each in fields(self) if getattr(self, each.name) != each.default}
+        changed = self._changed()
         if self.beam_width == 1:
             unread = changed & {"length_penalty", "early_stopping"}
         else:
@@ -151,6 +157,18 @@ class SamplingParams:
         if unread:
             without = "without" if self.beam_width == 1 else "with"
             raise UsageError(f"{min(unread)} does nothing {without} beam_width", "leave it out")
+
+    def _check_pooling(self) -> None:
+        """Raise UsageError for what a request that chooses no token would not read."""
+        if self.pooling is None:
+            return
+        if self.pooling not in ("mean", "last"):
+            raise UsageError(f"pooling must be mean or last (got {self.pooling!r})")
+        if unread := self._changed() - _READ_BY_POOLING:
+            raise UsageError(f"{min(unread)} does nothing with pooling", "leave it out")
+
+    def _changed(self) -> set[str]:
+        return {each.name for each in fields(self) if getattr(self, each.name) != each.default}
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +197,8 @@ class StepOutput:
     """Which of the request's answers, where it asked for several."""
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     """With the first output of the first answer, if they were asked for: the prompt is one."""
+    embedding: tuple[float, ...] | None = None
+    """[hidden], of length 1: the one thing that a request for it is answered with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +231,10 @@ class Request:
     """Its place in its grammar."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     """Of the prompt's second token and those after it, as far as they are known."""
+    pooled: int = 0
+    """First tokens of the prompt whose hidden states are in `pool`."""
+    pool: Tensor | None = None
+    """float64 [hidden]: their sum."""
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
@@ -249,16 +273,22 @@ class Request:
         )
 
     @property
-    def unscored(self) -> range:
-        """Positions of the prompt whose logits are still wanted for the tokens behind them."""
-        if self.params.prompt_logprobs is None:
+    def unread(self) -> range:
+        """Positions of the prompt whose hidden states are still wanted, for more than the next
+        token: for the likelihood of the token behind them, or for the embedding."""
+        params = self.params
+        if params.pooling is not None:
+            first = self.pooled if params.pooling == "mean" else self.prompt_length - 1
+            return range(first, self.prompt_length)
+        if params.prompt_logprobs is None:
             return range(0)
         return range(len(self.prompt_logprobs), self.prompt_length - 1)
 
     @property
     def reusable(self) -> int:
-        """First tokens that others may have computed: the logits of the rest are wanted."""
-        return self.unscored.start if self.unscored else len(self.tokens) - 1
+        """First tokens that others may have computed: the hidden states of the rest are wanted."""
+        unread = self.unread
+        return unread.start if unread else len(self.tokens) - 1
 
     @property
     def pending(self) -> int:

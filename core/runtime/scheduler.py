@@ -24,7 +24,8 @@ class Work:
     @property
     def samples(self) -> bool:
         """Whether this reaches the last known token, so that the next one can be chosen."""
-        return self.tokens == self.request.pending
+        request = self.request
+        return self.tokens == request.pending and request.params.pooling is None
 
 
 @dataclass(frozen=True, slots=True)

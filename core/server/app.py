@@ -15,24 +15,27 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from infopt.core.errors import InfoptError
+from infopt.core.recipe.serve import Pooling, ToolParser
 from infopt.core.runtime.request import SamplingParams
+from infopt.core.server.chat import ChatRequest
 from infopt.core.server.doorway import Doorway, House
+from infopt.core.server.embeddings import add_embeddings
 from infopt.core.server.faults import ApiError, api_error, error_response
 from infopt.core.server.metrics import CONTENT_TYPE
 from infopt.core.server.prompts import Prompts
 from infopt.core.server.protocol import (
     COMPLETION_TOKENS,
     Body,
-    ChatRequest,
     CompletionRequest,
     StreamOptions,
-    check_count,
     invalid,
 )
 from infopt.core.server.respond import ClientGone, EventStream, while_connected
 from infopt.core.server.shape import ChatShape, CompletionShape, Echo, Shape, Usage, chunks, whole
 from infopt.core.server.stream import Piece, merged, pieces
 from infopt.core.server.supervisor import State
+from infopt.core.server.tokens import add_tokens
+from infopt.core.server.tools import ToolUse
 from infopt.core.server.visit import Visit, visit_of
 from infopt.core.server.watched import Generator, Watched
 
@@ -55,7 +58,10 @@ class Service:
     engine: Engine
     prompts: Prompts
     model: str
+    embedding_size: int
     house: House
+    tool_parser: ToolParser = "auto"
+    pooling: Pooling = "mean"
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, name: str | None) -> None:
@@ -80,38 +86,53 @@ class Service:
         }
 
     def answer(
-        self, visit: Visit, body: Body, prompts: list[list[int]], params: list[SamplingParams]
+        self,
+        visit: Visit,
+        body: Body,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+        tools: ToolUse | None = None,
     ) -> AsyncGenerator[Piece, None]:
         """The merged answers to all prompts, which have their places in the queue from now on.
 
         Nothing runs before the first piece is asked for. Raises ApiError where the queue is full.
         """
-        try:
-            places = self.house.gate.queue([len(prompt) for prompt in prompts])
-        except ApiError as error:
-            self.house.metrics.rejected(error.code)
-            raise
-        for prompt, place in zip(prompts, places, strict=True):
-            visit.on_close(place.leave)
-            visit.prompt_tokens += len(prompt)
-            self.house.metrics.prompt_tokens.inc(len(prompt))
+        engines = self.admitted(visit, prompts)
         salt = visit.salt(body.cache_salt)
         return merged(
             [
                 pieces(
-                    Watched(self.engine, visit, place, self.house.metrics),
+                    engine,
                     self.prompts.tokenizer,
                     prompt,
                     replace(chosen, cache_salt=salt),
                     stop=body.stop,
                     skip_special_tokens=body.skip_special_tokens,
+                    tools=tools,
                     first=index * chosen.n,
                 )
-                for index, (prompt, chosen, place) in enumerate(
-                    zip(prompts, params, places, strict=True)
+                for index, (engine, prompt, chosen) in enumerate(
+                    zip(engines, prompts, params, strict=True)
                 )
             ]
         )
+
+    def admitted(self, visit: Visit, prompts: Sequence[Sequence[int]]) -> list[Watched]:
+        """The engine for each of a visit's prompts, which have places in the queue from now on.
+
+        Raises ApiError where the queue is full.
+        """
+        house = self.house
+        try:
+            places = house.gate.queue([len(prompt) for prompt in prompts])
+        except ApiError as error:
+            house.metrics.rejected(error.code)
+            raise
+        for prompt, place in zip(prompts, places, strict=True):
+            visit.on_close(place.leave)
+            visit.prompt_tokens += len(prompt)
+            house.metrics.prompt_tokens.inc(len(prompt))
+        return [Watched(self.engine, visit, place, house.metrics) for place in places]
 
 
 def create_app(service: Service, cors_origins: Sequence[str] = ()) -> ASGIApp:
@@ -124,7 +145,6 @@ def create_app(service: Service, cors_origins: Sequence[str] = ()) -> ASGIApp:
         prompts = await service.prompts.of_completion(body)
         asked = body.max_tokens or COMPLETION_TOKENS
         room = [service.prompts.room(prompt, asked, "prompt") for prompt in prompts]
-        check_count(len(prompts), body)
         params = [body.params(tokens) for tokens in room]
         echo = None
         if body.echo:
@@ -138,12 +158,18 @@ def create_app(service: Service, cors_origins: Sequence[str] = ()) -> ASGIApp:
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatRequest) -> Response:
         service.check_model(body.model)
-        prompt = await service.prompts.of_chat(body)
+        prompt = await service.prompts.of_chat(body.messages, body.usable_tools)
+        tools = await service.prompts.tools_of(body, service.tool_parser)
         asked = body.max_completion_tokens or body.max_tokens
         room = service.prompts.room(prompt, asked, "messages")
-        shape = ChatShape(service.model, service.prompts.tokenizer, bool(body.logprobs))
-        answer = service.answer(visit_of(request), body, [prompt], [body.params(room)])
+        params = body.params(room, tools.grammar() if tools else None)
+        short = tools is not None and tools.form.short_ids
+        shape = ChatShape(service.model, service.prompts.tokenizer, bool(body.logprobs), short)
+        answer = service.answer(visit_of(request), body, [prompt], [params], tools)
         return await _respond(request, body, answer, shape, [prompt])
+
+    add_embeddings(app, service)
+    add_tokens(app, service)
 
     @app.get("/v1/models")
     async def models() -> Response:

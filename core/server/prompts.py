@@ -5,10 +5,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from jinja2 import TemplateError
-
+from infopt.core.recipe.serve import ToolParser
+from infopt.core.server.chat import ChatMessage, ChatRequest
 from infopt.core.server.faults import ApiError
-from infopt.core.server.protocol import ChatRequest, CompletionRequest
+from infopt.core.server.protocol import CompletionRequest, check_count
+from infopt.core.server.render import form_of, marks_of, render, template_of
+from infopt.core.server.tool_parser import FORMS
+from infopt.core.server.tools import NamedTool, Tool, ToolUse
 
 T = TypeVar("T")
 
@@ -30,37 +33,97 @@ class Prompts:
         given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
         if given and isinstance(given[0], int):
             given = [given]
+        check_count(len(given), body)
+        return await self.of_input(given, "prompt")
+
+    async def of_input(self, given: Sequence[str | list[int]], param: str) -> list[list[int]]:
+        """Texts or tokens as tokens; ApiError, naming the `param`, for what is empty or unknown."""
         if not given:
-            raise ApiError(400, "the prompt is empty", param="prompt", code="invalid_value")
-        prompts = await self._beside(
+            raise ApiError(400, f"the {param} is empty", param=param, code="invalid_value")
+        prompts = await self.beside(
             lambda: [self._encode(item) if isinstance(item, str) else item for item in given]
         )
         for prompt in prompts:
-            self._check_tokens(prompt)
+            self._check_tokens(prompt, param)
         return prompts
 
-    async def of_chat(self, body: ChatRequest) -> list[int]:
-        """The conversation through the model's template; ApiError where that refuses it."""
-        if not self.tokenizer.chat_template:
-            raise ApiError(
-                400, "this model has no chat template: use /v1/completions", code="no_chat_template"
-            )
-        messages = [message.plain() for message in body.messages]
-        try:
-            prompt = await self._beside(lambda: self._render(messages))
-        except (TemplateError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ApiError(
-                400, f"the chat template refuses the messages: {reason}", param="messages"
-            ) from error
-        self._check_tokens(prompt)
+    async def of_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Tool],
+        *,
+        answered: bool = True,
+        add_special_tokens: bool = False,
+    ) -> list[int]:
+        """A conversation through the model's template; ApiError where that refuses it.
+
+        The template writes the special tokens itself.
+        """
+
+        def work() -> list[int]:
+            told = [message.plain() for message in messages]
+            known = [tool.plain() for tool in tools]
+            text = render(self.tokenizer, told, known, answered=answered)
+            return self._encode(text, add_special_tokens=add_special_tokens)
+
+        prompt = await self.beside(work)
+        self._check_tokens(prompt, "messages")
         return prompt
+
+    async def tools_of(self, body: ChatRequest, parser: ToolParser) -> ToolUse | None:
+        """How the chat uses its tools, if it may; ApiError where it cannot."""
+        tools, choice = tuple(body.usable_tools), body.tool_choice
+        if not tools:
+            return None
+        form = form_of(parser, template_of(self.tokenizer, tools=True))
+        named = isinstance(choice, NamedTool)
+        forced = named or choice == "required"
+        if form is None and not forced:
+            raise ApiError(
+                400,
+                "tool_choice: this server looks for no calls (--tool-parser none): "
+                "it can only be none, required or a function",
+                param="tool_choice",
+                code="unsupported_value",
+            )
+        if isinstance(choice, NamedTool):
+            tools = tuple(tool for tool in tools if tool.function.name == choice.function.name)
+        form = form or FORMS["hermes"]
+        use = ToolUse(
+            tools,
+            forced,
+            single=named or body.parallel_tool_calls is False,
+            form=form,
+            mark_ids={} if forced else marks_of(self.tokenizer, form),
+        )
+        await self.beside(use.check_schemas)
+        return use
+
+    async def tokens_of(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """A text that may be empty."""
+        return await self.beside(lambda: self._encode(text, add_special_tokens=add_special_tokens))
+
+    async def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones and all; ApiError for those that there are not."""
+        self._check_known(tokens, "tokens")
+        return await self.beside(lambda: str(self.tokenizer.decode(tokens)))
+
+    def check_length(self, prompt: Sequence[int], param: str) -> None:
+        """Raise ApiError for a prompt that is too long, if nothing is to follow it."""
+        if len(prompt) > self.max_model_len:
+            raise ApiError(
+                400,
+                f"this model holds {self.max_model_len} tokens; "
+                f"you asked for {len(prompt)} in the {param}",
+                param=param,
+                code="context_length_exceeded",
+            )
 
     async def echoes(self, body: CompletionRequest, prompts: Sequence[list[int]]) -> list[str]:
         """The prompts' texts."""
         if isinstance(body.prompt, str):
             return [body.prompt]
-        return await self._beside(lambda: [str(self.tokenizer.decode(p)) for p in prompts])
+        return await self.beside(lambda: [str(self.tokenizer.decode(p)) for p in prompts])
 
     def room(self, prompt: Sequence[int], asked: int | None, param: str) -> int:
         """Tokens that the answer may have; ApiError if those asked for do not fit."""
@@ -76,28 +139,26 @@ class Prompts:
             )
         return asked or left
 
-    async def _beside(self, work: Callable[[], T]) -> T:
+    async def beside(self, work: Callable[[], T]) -> T:
+        """Do what only the tokenizer's thread may, or what would hold up the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    def _encode(self, text: str) -> list[int]:
-        found: list[int] = self.tokenizer.encode(text)
+    def _encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        found: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return found
 
-    def _render(self, messages: list[dict[str, str]]) -> list[int]:
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-        # The template writes the special tokens itself.
-        found: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        return found
-
-    def _check_tokens(self, prompt: Sequence[int]) -> None:
+    def _check_tokens(self, prompt: Sequence[int], param: str) -> None:
         if not prompt:
-            raise ApiError(400, "a prompt has no tokens", param="prompt", code="invalid_value")
-        if max(prompt) >= self.vocab_size:
+            raise ApiError(
+                400, f"{param}: there are no tokens in it", param=param, code="invalid_value"
+            )
+        self._check_known(prompt, param)
+
+    def _check_known(self, tokens: Sequence[int], param: str) -> None:
+        if (most := max(tokens, default=0)) >= self.vocab_size:
             raise ApiError(
                 400,
-                f"token {max(prompt)} is not among the model's {self.vocab_size}",
-                param="prompt",
+                f"{param}: token {most} is not among the model's {self.vocab_size}",
+                param=param,
                 code="invalid_value",
             )

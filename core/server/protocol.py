@@ -1,10 +1,11 @@
 """OpenAI's requests as far as they work here; what does not is refused by name, never ignored."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from infopt.core.errors import UsageError
 from infopt.core.runtime.grammar import Grammar
 from infopt.core.runtime.request import (
     MAX_BIAS,
@@ -24,6 +25,7 @@ TEMPERATURE = 1.0
 TOP_P = 1.0
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
 # JSON has strings alone for keys.
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=False)]
@@ -38,7 +40,15 @@ def _strings(value: Any) -> Any:
     return [value] if isinstance(value, str) else [] if value is None else value
 
 
-Stop = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_strings)]
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+"""Characters: what may be the beginning of one is held back, and looked at with each token."""
+MAX_STOP_TOKENS = 1024
+Stop = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
+    Field(max_length=MAX_STOPS),
+    BeforeValidator(_strings),
+]
 
 
 class StreamOptions(BaseModel):
@@ -49,22 +59,49 @@ class StreamOptions(BaseModel):
     """vLLM's extension: the usage so far in every chunk."""
 
 
-class Body(BaseModel):
-    """What both kinds of completion take."""
+class Given(BaseModel):
+    """What every body has in common: no field is unknown, none is ignored."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     # OpenAI's fields that do nothing here: accepted with the values that ask for nothing.
-    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "store": (None, False),
-        "service_tier": (None, "auto", "default"),
-    }
+    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {}
     # Labels for OpenAI's own books: accepted, whatever they say.
-    METADATA: ClassVar[frozenset[str]] = frozenset(
-        {"user", "metadata", "safety_identifier", "prompt_cache_key"}
-    )
+    METADATA: ClassVar[frozenset[str]] = frozenset({"user"})
 
     model: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral_fields(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        kept = {}
+        for key, value in values.items():
+            if not is_text([key, value]):
+                raise PydanticCustomError(
+                    "unsupported_value",
+                    "{key} holds half a character: a surrogate without its pair",
+                    {"key": key if is_text(key) else ascii(key)},
+                )
+            if key in cls.NEUTRAL:
+                if not any(_same(value, neutral) for neutral in cls.NEUTRAL[key]):
+                    raise PydanticCustomError(
+                        "unsupported_value",
+                        "{key} is not supported here with the value {value}",
+                        {"key": key, "value": repr(value)[:80]},
+                    )
+            elif key not in cls.METADATA:
+                kept[key] = value
+        return kept
+
+
+class Body(Given):
+    """What both kinds of completion take."""
+
+    NEUTRAL = {"store": (None, False), "service_tier": (None, "auto", "default")}
+    METADATA = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
+
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -84,40 +121,16 @@ class Body(BaseModel):
     repetition_penalty: Annotated[float, Field(ge=REPETITION[0], le=REPETITION[1])] = 1.0
     ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0)] = 0
-    stop_token_ids: TokenIds = []
+    stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOP_TOKENS)] = []
     structured_outputs: StructuredOutputs | None = None
     use_beam_search: bool = False
     """The `n` best answers that a search with so many beams finds."""
     length_penalty: Annotated[float, Field(ge=-MAX_LENGTH_PENALTY, le=MAX_LENGTH_PENALTY)] = 1.0
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
+    priority: Priority = 0
     """Lower numbers come first."""
     cache_salt: str = ""
     """What was computed for a beginning is shared only with requests of the same salt."""
     skip_special_tokens: bool = True
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_neutral_fields(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        kept = {}
-        for key, value in values.items():
-            if not _is_text([key, value]):
-                raise PydanticCustomError(
-                    "unsupported_value",
-                    "{key} holds half a character: a surrogate without its pair",
-                    {"key": key if _is_text(key) else ascii(key)},
-                )
-            if key in cls.NEUTRAL:
-                if not any(_same(value, neutral) for neutral in cls.NEUTRAL[key]):
-                    raise PydanticCustomError(
-                        "unsupported_value",
-                        "{key} is not supported here with the value {value}",
-                        {"key": key, "value": repr(value)[:80]},
-                    )
-            elif key not in cls.METADATA:
-                kept[key] = value
-        return kept
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> "Body":
@@ -129,6 +142,11 @@ class Body(BaseModel):
     def _one_grammar(self) -> "Body":
         if self.response_format is not None and self.structured_outputs is not None:
             raise refused("structured_outputs", "contradicts response_format")
+        try:
+            self.asked_grammar()
+        except UsageError as error:
+            asked = "structured_outputs" if self.response_format is None else "response_format"
+            raise refused(asked, f"does not work: {error.message}") from None
         return self
 
     @model_validator(mode="after")
@@ -141,13 +159,17 @@ class Body(BaseModel):
             raise refused("length_penalty", "does nothing without use_beam_search")
         return self
 
-    def grammar(self) -> Grammar | None:
-        """What the answers have to match."""
+    def asked_grammar(self) -> Grammar | None:
+        """What the answers have to match; UsageError for what is too long or too deep."""
         asked = self.response_format or self.structured_outputs
         return None if asked is None else asked.grammar()
 
     def sampling(
-        self, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None
+        self,
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+        grammar: Grammar | None = None,
     ) -> SamplingParams:
         """As the engine takes it; stop strings stay above the engine.
 
@@ -169,7 +191,7 @@ class Body(BaseModel):
             frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias=tuple((self.logit_bias or {}).items()),
             min_tokens=self.min_tokens,
-            grammar=self.grammar(),
+            grammar=grammar or self.asked_grammar(),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             n=n,
@@ -194,64 +216,7 @@ class CompletionRequest(Body):
         return self.sampling(max_tokens, self.logprobs, self.logprobs if self.echo else None)
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-
-    def plain(self) -> dict[str, str]:
-        """As chat templates take it; `developer` is OpenAI's newer word for `system`."""
-        role = "system" if self.role == "developer" else self.role
-        if isinstance(self.content, str):
-            return {"role": role, "content": self.content}
-        return {"role": role, "content": "".join(part.text for part in self.content)}
-
-
-class ChatRequest(Body):
-    """POST /v1/chat/completions."""
-
-    NEUTRAL = {
-        **Body.NEUTRAL,
-        "tools": (None, []),
-        "tool_choice": (None, "none"),
-        "parallel_tool_calls": (None, True, False),
-        "functions": (None, []),
-        "function_call": (None, "none"),
-        "modalities": (None, ["text"]),
-        "reasoning_effort": (None,),
-        "verbosity": (None,),
-        "prediction": (None,),
-        "audio": (None,),
-        "web_search_options": (None,),
-    }
-
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-
-    @model_validator(mode="after")
-    def _agree(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
-            raise refused("top_logprobs", "needs logprobs: true")
-        given = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(given) == 2:
-            raise refused("max_tokens", "contradicts max_completion_tokens")
-        return self
-
-    def params(self, max_tokens: int) -> SamplingParams:
-        return self.sampling(max_tokens, (self.top_logprobs or 0) if self.logprobs else None)
-
-
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     """Whether every string in a JSON value can be written as UTF-8; \\ud800 alone cannot."""
     todo = [value]
     while todo:
@@ -297,7 +262,7 @@ def invalid(fault: ErrorDetails) -> ApiError:
         case "missing" if path:
             param = ".".join(path)
             return ApiError(400, f"{param!r} is required", param=param, code="missing_field")
-        case "missing" | "model_attributes_type" | "dict_type":
+        case "missing" | "model_attributes_type" | "dict_type" if not path:
             return ApiError(400, "the body must be a JSON object", code="invalid_json")
         case "unsupported_value":
             return ApiError(400, fault["msg"], param=key, code="unsupported_value")
@@ -311,4 +276,4 @@ def _field(path: list[str]) -> str:
     return ".".join(kept)
 
 
-_BRANCHES = {"str", "int", "float", "bool", "constrained", "TextPart"}
+_BRANCHES = {"str", "int", "float", "bool", "constrained", "TextPart", "NamedTool"}

@@ -100,14 +100,23 @@ async def _serve(
         async with _supervised(artifact, settings, house, stop, progress) as supervisor:
             limits = await supervisor.limits
             await _warm_up(supervisor, limits.max_model_len)
+            config = ModelConfig.from_hf(artifact.config)
             prompts = Prompts(
                 await tokenizer,
-                vocab_size=ModelConfig.from_hf(artifact.config).vocab_size,
+                vocab_size=config.vocab_size,
                 max_model_len=limits.max_model_len,
             )
             house.gate.bounds = _bounds(settings, limits)
             stop.on_hangup(lambda: _reload(house, settings, limits, progress, reload))
-            service = Service(supervisor, prompts, settings.model_name or artifact.name, house)
+            service = Service(
+                supervisor,
+                prompts,
+                settings.model_name or artifact.name,
+                config.embedding_size,
+                house,
+                tool_parser=settings.tool_parser,
+                pooling=settings.pooling,
+            )
             app = create_app(service, settings.cors_origins)
             try:
                 await _listen(app, listener, settings, supervisor, house, stop, progress)

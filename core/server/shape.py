@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from infopt.core.runtime.request import TokenLogprob
 from infopt.core.server.protocol import StreamOptions
 from infopt.core.server.stream import Piece
+from infopt.core.server.tool_parser import CallPiece
 
 Json = dict[str, Any]
 
@@ -132,11 +133,12 @@ class CompletionShape:
 
 @dataclass(slots=True)
 class ChatShape:
-    """/v1/chat/completions."""
+    """/v1/chat/completions; calls of tools get their ids here."""
 
     model: str
     tokenizer: Any
     logprobs: bool
+    short_ids: bool = False
     _head: Json = field(init=False)
     _begun: set[int] = field(init=False, default_factory=set)
 
@@ -155,18 +157,40 @@ class ChatShape:
         if piece.text or piece.logprobs:
             logprobs = self._logprobs(piece.logprobs)
             told.append(self._delta(piece.index, {"content": piece.text}, logprobs=logprobs))
+        for call in piece.calls:
+            told.append(self._delta(piece.index, {"tool_calls": [self._call(call)]}))
         if piece.finish_reason is not None:
             told.append(self._delta(piece.index, {}, reason=piece.finish_reason))
         return told
 
     def choice(self, index: int, pieces: Sequence[Piece]) -> Json:
         whole = _joined(index, pieces)
+        message: Json = {"role": "assistant", "content": whole.text, "refusal": None}
+        if whole.calls:
+            message["content"] = whole.text or None
+            message["tool_calls"] = calls = []
+            for call in whole.calls:
+                if call.name:
+                    told = self._call(call)
+                    del told["index"]
+                    calls.append(told)
+                else:
+                    calls[call.index]["function"]["arguments"] += call.arguments
         return {
             "index": index,
-            "message": {"role": "assistant", "content": whole.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(whole.logprobs),
             "finish_reason": whole.finish_reason,
         }
+
+    def _call(self, call: CallPiece) -> Json:
+        function = {"arguments": call.arguments}
+        if not call.name:
+            return {"index": call.index, "function": function}
+        name = uuid.uuid4().hex
+        call_id = name[:9] if self.short_ids else f"call_{name[:24]}"
+        named = {"id": call_id, "type": "function"}
+        return {"index": call.index, **named, "function": {"name": call.name, **function}}
 
     def _delta(
         self, index: int, delta: Json, *, logprobs: Json | None = None, reason: str | None = None
@@ -238,6 +262,7 @@ def _joined(index: int, pieces: Sequence[Piece]) -> Piece:
         tuple(entry for piece in pieces for entry in piece.logprobs),
         pieces[-1].finish_reason,
         next((p.prompt_logprobs for p in pieces if p.prompt_logprobs is not None), None),
+        tuple(call for piece in pieces for call in piece.calls),
     )
 
 

@@ -4,10 +4,15 @@ import asyncio
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from infopt.core.runtime.request import FinishReason, SamplingParams, StepOutput, TokenLogprob
+from infopt.core.server.tool_parser import CallPiece, Reader
+from infopt.core.server.tools import ToolUse
 from infopt.core.text.detokenize import Detokenizer
+
+T = TypeVar("T")
+Reason = FinishReason | Literal["tool_calls"]
 
 
 class Generator(Protocol):
@@ -27,9 +32,11 @@ class Piece:
     text: str
     tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
-    finish_reason: FinishReason | None = None
+    finish_reason: Reason | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     """With the first piece, where they were asked for."""
+    calls: tuple[CallPiece, ...] = ()
+    """Come after the text."""
 
 
 @dataclass(slots=True)
@@ -37,6 +44,7 @@ class _Answer:
     """What is known of an answer and not yet sent."""
 
     detokenizer: Detokenizer
+    reader: Reader | None = None
     tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
@@ -45,16 +53,34 @@ class _Answer:
         """A piece, if there is something to send."""
         self.tokens += len(output.token_ids)
         self.logprobs += output.logprobs or ()
-        text, reason = self.detokenizer.push(output.token_ids), output.finish_reason
+        text = self.detokenizer.push(output.token_ids)
+        reason: Reason | None = output.finish_reason
         if reason is not None:
             text += self.detokenizer.finish()
         if self.detokenizer.stopped_by is not None:
             reason = "stop"
-        if not text and reason is None:
+        calls: tuple[CallPiece, ...] = ()
+        if self.reader is not None:
+            text, calls, reason = _read(self.reader, text, reason)
+        if not text and not calls and reason is None:
             return None
-        piece = Piece(index, text, self.tokens, self.logprobs, reason, self.prompt_logprobs)
+        told = self.prompt_logprobs
+        piece = Piece(index, text, self.tokens, self.logprobs, reason, told, calls)
         self.tokens, self.logprobs, self.prompt_logprobs = 0, (), None
         return piece
+
+
+def _read(
+    reader: Reader, text: str, reason: Reason | None
+) -> tuple[str, tuple[CallPiece, ...], Reason | None]:
+    """What of a text is content and what are calls, and why the answer ends, if it does."""
+    content, calls = reader.push(text)
+    if reader.is_over:
+        reason = "stop"
+    if reason is not None:
+        more, rest = reader.finish()
+        content, calls = content + more, calls + rest
+    return content, calls, "tool_calls" if reason == "stop" and reader.called else reason
 
 
 async def pieces(
@@ -65,10 +91,11 @@ async def pieces(
     *,
     stop: Sequence[str] = (),
     skip_special_tokens: bool = True,
+    tools: ToolUse | None = None,
     first: int = 0,
 ) -> AsyncGenerator[Piece, None]:
     """The answers to one prompt, numbered from `first`; a stop string ends one of them, in the
-    engine as well."""
+    engine as well, and so does the one call of `tools` that is wanted."""
     answers = [
         _Answer(
             Detokenizer(
@@ -76,7 +103,9 @@ async def pieces(
                 stop=stop,
                 skip_special_tokens=skip_special_tokens,
                 min_tokens=params.min_tokens,
-            )
+                shown=() if tools is None else tools.mark_ids.values(),
+            ),
+            None if tools is None else tools.reader(),
         )
         for _ in range(params.n)
     ]
@@ -96,20 +125,20 @@ async def pieces(
                 return
 
 
-async def merged(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
-    """The pieces of several answers as they come; a fault in one ends them all."""
+async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """What several sources bring, as it comes; a fault in one ends them all."""
     if len(sources) == 1:
         async with aclosing(sources[0]) as source:
-            async for piece in source:
-                yield piece
+            async for item in source:
+                yield item
         return
-    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+    queue: asyncio.Queue[T | Exception | None] = asyncio.Queue()
 
-    async def drain(source: AsyncGenerator[Piece, None]) -> None:
+    async def drain(source: AsyncGenerator[T, None]) -> None:
         try:
             async with aclosing(source):
-                async for piece in source:
-                    queue.put_nowait(piece)
+                async for item in source:
+                    queue.put_nowait(item)
             queue.put_nowait(None)
         except Exception as error:
             queue.put_nowait(error)
@@ -118,13 +147,13 @@ async def merged(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerat
     try:
         left = len(tasks)
         while left:
-            item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
+            told = await queue.get()
+            if isinstance(told, Exception):
+                raise told
+            if told is None:
                 left -= 1
             else:
-                yield item
+                yield told
     finally:
         for task in tasks:
             task.cancel()

@@ -1,7 +1,7 @@
 """Tokens to text as they come: whole characters only, and nothing a stop string may take back."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -23,14 +23,18 @@ class Detokenizer:
         stop: Sequence[str] = (),
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
+        shown: Collection[int] = (),
     ) -> None:
+        """Special tokens are left out, but for those `shown`, with `skip_special_tokens`."""
         assert all(stop), "an empty stop string would stop everything"
         self.stopped_by: str | None = None
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._min_tokens = min_tokens
-        self._skip_special = skip_special_tokens
         self._invisible = _special_ids(tokenizer) if skip_special_tokens else frozenset()
+        self._shows_some = not self._invisible.isdisjoint(shown)
+        self._invisible -= frozenset(shown)
+        self._skip_special = skip_special_tokens and not self._shows_some
         self._tokens: list[int] = []
         # Text is decoded from a window of tokens: those from `_context` to `_settled` are done with
         # and only give the decoder what it needs to see to the left (a leading space, say).
@@ -81,6 +85,8 @@ class Detokenizer:
         return False
 
     def _decode(self, token_ids: list[int]) -> str:
+        if self._shows_some:
+            token_ids = [token for token in token_ids if token not in self._invisible]
         text: str = self._tokenizer.decode(
             token_ids,
             skip_special_tokens=self._skip_special,

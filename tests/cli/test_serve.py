@@ -21,6 +21,7 @@ OTHERS: list[dict[str, Any]] = [
     {"host": "::1", "device": "cpu", "dtype": "float32", "seed": 7},
     {"kv_dtype": "int8", "deterministic": True},
     {"prefix_disk": "some/where", "prefix_disk_bytes": 2**20},
+    {"tool_parser": "llama3-json", "pooling": "last"},
 ]
 
 

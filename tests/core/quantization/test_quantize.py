@@ -64,7 +64,9 @@ def test_the_artifact_is_what_was_computed(
     wanted = settings(calibration_file, method=method, bits=bits, symmetric=symmetric)
     report = quantize(source, tmp_path / "out", wanted)
     assert report.logits_max_difference == 0.0
-    assert len(report.layers) == 14 and report.warnings == ()
+    unread = "not read, for nothing here sees the calibration text: text, samples, sequence_length"
+    assert report.warnings == ((unread,) if method == "rtn" else ())
+    assert len(report.layers) == 14
     assert report.group_size == 32 and report.resumed_blocks == 0
     assert report.calibration_tokens == (16 * 32 if method == "gptq" else 0)
     written = read_artifact(tmp_path / "out")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,44 @@ def test_a_grammar_too_long_or_too_deep() -> None:
 def test_what_contradicts_a_grammar(values: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="contradicts a grammar"):
         SamplingParams(grammar=Grammar("regex", "a"), **values)
+
+
+@pytest.mark.parametrize(
+    ("told", "fine"),
+    [
+        ([5, 0.01, 100_000, 2.5], True),
+        ([9973], True),
+        ([999_983], False),
+        ([9973, 9967], False),
+        ([99_991.5], False),
+        ([10**400 - 1], False),
+        ([5, True, "999983", None], False),
+    ],
+    ids=str,
+)
+def test_multiples_that_would_take_long(
+    compiler: GrammarCompiler, told: list[Any], fine: bool
+) -> None:
+    """Ten seconds for the largest, in which the engine does nothing else."""
+    parts = [{"type": "number", "multipleOf": value} for value in told]
+    schema = {"type": "object", "properties": {str(n): part for n, part in enumerate(parts)}}
+    text = json.dumps(schema).replace("multipleOf", r"multiple\u004ff", 1)
+    began = time.perf_counter()
+    for grammar in (
+        Grammar.json_schema(schema),
+        Grammar("json_schema", f" {text}"),
+        Grammar("lark", f'start: "a" /b/ | c\nc: %json\n {text}'),
+        Grammar("lark", "start: " + " | ".join(f"%json {json.dumps(part)}" for part in parts)),
+    ):
+        if fine:
+            compiler.compile(grammar)
+        else:
+            with pytest.raises(UsageError, match="is refused"):
+                compiler.compile(grammar)
+    assert time.perf_counter() - began < 5
+
+
+def test_a_number_too_long_for_python_hides_nothing(compiler: GrammarCompiler) -> None:
+    schema = '{"default": ' + "9" * 5000 + ', "type": "integer", "multipleOf": 999983}'
+    with pytest.raises(UsageError, match="is refused"):
+        compiler.compile(Grammar("json_schema", schema))

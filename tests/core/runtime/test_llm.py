@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModel
 
 from infopt.core.artifact.read import read_artifact
 from infopt.core.errors import EngineError, UsageError
@@ -69,3 +70,23 @@ def test_logits_that_are_not_finite_are_told_and_leave_nothing_behind(tiny_model
         broken.generate([[5, 6], [5, poison]], GREEDY)
     assert broken.engine.stats().blocks_used == 0
     assert broken.generate([[5, 6]], GREEDY) == [fine]
+
+
+def test_embeddings(llm: LLM, tiny_model: Path) -> None:
+    model = AutoModel.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    prompts = ["Hello there", "Something else", [5, 6, 7]]
+    tokens = [llm.tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
+    with torch.inference_mode():
+        states = [model(torch.tensor([each])).last_hidden_state[0] for each in tokens]
+    for pooling, wanted in (
+        ("mean", torch.stack([each.mean(0) for each in states])),
+        ("last", torch.stack([each[-1] for each in states])),
+    ):
+        found = llm.embed(prompts, pooling)  # type: ignore[arg-type]
+        torch.testing.assert_close(found, torch.nn.functional.normalize(wanted), atol=1e-5, rtol=0)
+    assert llm.embed("Hello there").shape == (1, 64)
+    with pytest.raises(UsageError, match="the prompt is empty"):
+        llm.embed(["fine", []])
+    with pytest.raises(UsageError, match="pooling is for embed"):
+        llm.generate("x", SamplingParams(pooling="mean"))
+    assert llm.engine.stats().waiting == 0

@@ -1,19 +1,40 @@
-"""A real server with a tiny model, started once for all who leave it well."""
+"""A real server with a tiny model, started once for all who leave it well; and scripted ones."""
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterator,
+    Sequence,
+)
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import openai
 import psutil
 import pytest
+
+from infopt.core.errors import EngineError, UsageError
+from infopt.core.runtime.request import FinishReason, SamplingParams, StepOutput
+from infopt.core.server.admission import Bounds, Gate
+from infopt.core.server.app import Service, create_app
+from infopt.core.server.doorway import House
+from infopt.core.server.log import RequestLog
+from infopt.core.server.metrics import Metrics
+from infopt.core.server.prompts import Prompts
+from infopt.core.server.supervisor import State
+
+T = TypeVar("T")
 
 # What `infopt serve` does, with the progress as lines.
 LAUNCH = """
@@ -144,3 +165,91 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
     with server.client() as client:
         yield client
     server.await_idle()
+
+
+class ScriptedEngine:
+    """Answers with the texts it is given, one for each of `n` answers, token by token.
+
+    Those who ask for an embedding get the prompt's length in every place.
+    """
+
+    def __init__(self, tokenizer: Any, *texts: str, reason: FinishReason = "stop") -> None:
+        self.scripts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        self.reason = reason
+        self.asked: list[tuple[list[int], SamplingParams]] = []
+        self.given = 0
+        self.closed = 0
+
+    async def generate(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        ended: Collection[int] = (),
+        **_: Any,
+    ) -> AsyncGenerator[StepOutput, None]:
+        self.asked.append((list(prompt), params))
+        if not prompt:
+            raise UsageError("the prompt is empty")
+        try:
+            if params.pooling is not None:
+                vector = tuple([float(len(prompt))] * 4)
+                yield StepOutput("x", finish_reason="stop", embedding=vector)
+                return
+            for index in range(params.n):
+                for token in self.scripts[index % len(self.scripts)]:
+                    await asyncio.sleep(0)
+                    if index in ended:
+                        break
+                    self.given += 1
+                    yield StepOutput("x", (token,), index=index)
+                if index not in ended:
+                    yield StepOutput("x", finish_reason=self.reason, index=index)
+        finally:
+            self.closed += 1
+
+    state = State.READY
+
+    async def stats(self, timeout: float) -> dict[str, Any]:
+        raise EngineError("there are no counts")
+
+
+class InProcess:
+    """An app with a scripted engine, asked by OpenAI's client and a plain one."""
+
+    def __init__(self, tokenizer: Any, *texts: str, reason: FinishReason = "stop", **settings: Any):
+        self.tokenizer = tokenizer
+        self.engine = ScriptedEngine(tokenizer, *texts, reason=reason)
+        prompts = Prompts(tokenizer, vocab_size=len(tokenizer), max_model_len=2048)
+        house = House(Gate(Bounds(4096, 10**6)), Metrics("tiny"), RequestLog())
+        self.service = Service(self.engine, prompts, "tiny", 4, house, **settings)
+
+    def run(
+        self, test: Callable[[openai.AsyncOpenAI, httpx.AsyncClient], Coroutine[Any, Any, T]]
+    ) -> T:
+        try:
+            return asyncio.run(self._run(test))
+        finally:
+            self.service.prompts.close()
+
+    async def _run(
+        self, test: Callable[[openai.AsyncOpenAI, httpx.AsyncClient], Coroutine[Any, Any, T]]
+    ) -> T:
+        app = create_app(self.service)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://app") as plain:
+            client = openai.AsyncOpenAI(
+                base_url="http://app/v1", api_key="-", max_retries=0, http_client=plain
+            )
+            async with asyncio.timeout(60):
+                return await test(client, plain)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(default_artifact: Any) -> Any:
+    return default_artifact.tokenizer()
+
+
+@pytest.fixture(scope="session")
+def in_process(tokenizer: Any) -> Callable[..., InProcess]:
+    """Make an app whose engine says the texts that it is given."""
+    return partial(InProcess, tokenizer)

@@ -438,8 +438,23 @@ def test_health_has_the_counts(server: Any) -> None:
         ({"top_k": -2}, "top_k"),
         ({"priority": 2**31}, "priority"),
         ({"cache_salt": 5}, "cache_salt"),
+        ({"stop": [str(n) for n in range(17)]}, "stop"),
+        ({"stop": ["a", "x" * 257]}, "stop.1"),
+        ({"stop_token_ids": [1] * 1025}, "stop_token_ids"),
+        ({"prompt": ["a"] * 2049}, "prompt"),
+        ({"structured_outputs": {"regex": "a" * 70_000}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": ["a" * 70_000]}}, "structured_outputs"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"schema": {"a": "b" * 70_000}},
+                }
+            },
+            "response_format",
+        ),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_what_is_not_supported_is_refused_by_name(
     server: Any, change: dict[str, Any], param: str

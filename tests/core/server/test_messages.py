@@ -29,6 +29,13 @@ ENDS: list[dict[str, Any]] = [
 ]
 
 
+@given(st.sampled_from(["mean", "last"]), st.text(), st.integers(-(2**31), 2**31 - 1))
+def test_requests_for_embeddings_travel_unchanged(pooling: Any, salt: str, priority: int) -> None:
+    params = SamplingParams(pooling=pooling, cache_salt=salt, priority=priority)
+    message = messages.unpack(messages.pack("add", params=messages.params_to_map(params)))
+    assert messages.params_from_map(message["params"]) == params
+
+
 @pytest.mark.parametrize("ends", ENDS, ids=["tokens", "grammar"])
 @given(data=st.data())
 def test_params_travel_unchanged(ends: dict[str, Any], data: st.DataObject) -> None:
@@ -68,6 +75,7 @@ def test_params_travel_unchanged(ends: dict[str, Any], data: st.DataObject) -> N
         logprobs=st.none() | st.lists(entries).map(tuple),
         index=st.integers(0, 127),
         prompt_logprobs=st.none() | st.lists(entries).map(tuple),
+        embedding=st.none() | st.lists(st.floats(allow_nan=False)).map(tuple),
     )
 )
 def test_outputs_travel_unchanged(output: StepOutput) -> None:

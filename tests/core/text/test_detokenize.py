@@ -180,3 +180,20 @@ def test_special_tokens_are_left_out_or_kept() -> None:
     assert "".join(pieces(Detokenizer(tokenizer), [tokens])) == "hi"
     kept = Detokenizer(tokenizer, skip_special_tokens=False)
     assert "".join(pieces(kept, [tokens])) == "hi<end>"
+
+
+def test_some_special_tokens_are_shown() -> None:
+    """Those that mean something to who reads the text; stop strings and pieces are as ever."""
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<call>", "<pad>"]})
+    call, pad, end = tokenizer.convert_tokens_to_ids(["<call>", "<pad>", "<end>"])
+    word = tokenizer.encode("hello w")
+    tokens = [pad, *word, call, end, *word, pad]
+    for each in (1, 2, 100):
+        detokenizer = Detokenizer(tokenizer, shown=[call])
+        pieces = [detokenizer.push(tokens[n : n + each]) for n in range(0, len(tokens), each)]
+        assert "".join(pieces) + detokenizer.finish() == "hello w<call>hello w"
+    everything = Detokenizer(tokenizer, shown=[call], skip_special_tokens=False)
+    assert everything.push(tokens) + everything.finish() == tokenizer.decode(tokens)
+    stopped = Detokenizer(tokenizer, shown=[call], stop=["<call>"])
+    assert stopped.push(tokens) == "hello w" and stopped.stopped_by == "<call>"
