@@ -49,6 +49,7 @@ ROWS: dict[str, tuple[str, bool]] = {
     "LLM.int8, threshold 6": ("--method llm-int8", False),
     "LLM.int8, threshold 2": ("--method llm-int8 --threshold 2", False),
     "LLM.int8, threshold 1": ("--method llm-int8 --threshold 1", False),
+    "LLM.int8, threshold 0.5": ("--method llm-int8 --threshold 0.5", False),
     "FP8 dynamic": ("--method fp8", False),
     "FP8 static": ("--method fp8 --fp8 static", False),
     "RTN W4A8-int8": ("--method rtn --scheme W4A8-int8 --group-size 64", False),

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from infopt.core.compression.checkpoint import open_checkpoint
-from infopt.core.errors import ResumeError, UsageError
+from infopt.core.compression import checkpoint as room
+from infopt.core.compression.checkpoint import committing, open_checkpoint
+from infopt.core.errors import ResourceError, ResumeError, UsageError
 from infopt.core.reports.quantize import LayerError
 
 IDENTITY = {"model": "a", "setting bits": "4"}
@@ -130,3 +131,36 @@ def test_staging_clears_what_a_kill_left(tmp_path: Path) -> None:
         assert not checkpoint.staging().exists()
         assert not list(checkpoint.folder.glob("*artifact*"))
         checkpoint.discard()
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_commits_beside_the_work_are_what_was_given_at_the_time(
+    tmp_path: Path, beside: bool
+) -> None:
+    with open_checkpoint(tmp_path / "out", {}, LayerError, resume=False, replace=False) as it:
+        weight, hidden = torch.zeros(4), torch.zeros(1, 3)
+        with committing(it, beside=beside) as commit:
+            for index in range(3):
+                commit({f"layer{index}.x": weight.clone()}, [row(f"layer{index}")], [hidden])
+                weight += 1
+                hidden += 1  # the next block may write into its inputs
+        assert it.finished == 3
+        assert [float(it.tensor(f"layer{index}.x")[0]) for index in range(3)] == [0, 1, 2]
+        assert [float(part[0, 0]) for part in it.hidden()] == [2]
+        assert [each.name for each in it.rows] == ["layer0", "layer1", "layer2"]
+
+
+def test_a_commit_beside_the_work_that_fails_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise ResourceError("no space left on the disk")
+
+    with open_checkpoint(tmp_path / "out", {}, LayerError, resume=False, replace=False) as it:
+        monkeypatch.setattr(room, "write_atomically", full)
+        with (
+            pytest.raises(ResourceError, match="no space left"),
+            committing(it, beside=True) as commit,
+        ):
+            commit({"layer0.x": torch.zeros(1)}, [row("layer0")], [])
+        assert it.finished == 0
