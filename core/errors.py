@@ -12,6 +12,7 @@
     ├── ResumeError             unfinished work that does not fit the request
     ├── GateError               a threshold that the user set was passed
     └── EngineError             the engine or a server failed or cannot be reached
+        └── RequestFailedError  ... on one request alone; others go on
 
 Each message is one line that says what is wrong and where; `hint` says what to do about it.
 """
@@ -76,4 +77,8 @@ class GateError(InfoptError):
 
 
 class EngineError(InfoptError):
+    pass
+
+
+class RequestFailedError(EngineError):
     pass

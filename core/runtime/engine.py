@@ -353,7 +353,10 @@ class Engine:
             if self._prefix is not None:
                 self._prefix.forget(request)
             self._finish(request)
-            return StepOutput(name, finish_reason="error", error=fault, index=index)
+            refused = choice.fault is not None
+            return StepOutput(
+                name, finish_reason="error", error=fault, index=index, refused=refused
+            )
         told = scores(request)
         if token in request.ends:
             self._finish(request)
@@ -363,7 +366,7 @@ class Engine:
         if reason is not None:
             self._finish(request)
         if error is not None:
-            return StepOutput(name, finish_reason=reason, error=error, index=index)
+            return StepOutput(name, (), reason, error, index=index, refused=True)
         logprobs = None if choice.logprob is None else (choice.logprob,)
         return StepOutput(name, (token,), reason, None, logprobs, index, told)
 

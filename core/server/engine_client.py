@@ -9,7 +9,7 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from infopt.core.errors import EngineError, InfoptError
+from infopt.core.errors import EngineError, InfoptError, RequestFailedError, UsageError
 from infopt.core.runtime.request import Joined, SamplingParams, StepOutput
 from infopt.core.server import messages
 
@@ -89,7 +89,7 @@ class EngineClient:
                 if event.finish_reason is not None:
                     going.remove(event.index)
                 if event.finish_reason in ("error", "abort"):
-                    raise EngineError(f"the request failed: {event.error or 'it was aborted'}")
+                    raise _failure(event)
                 yield event
                 for index in going.intersection(ended):
                     going.remove(index)
@@ -146,3 +146,10 @@ class EngineClient:
         queue = self._queues.get(name)
         if queue is not None:
             queue.put_nowait(event)
+
+
+def _failure(output: StepOutput) -> Exception:
+    reason = output.error or "it was aborted"
+    if output.refused:
+        return UsageError(f"the request cannot be answered: {reason}")
+    return RequestFailedError(f"the request failed: {reason}")

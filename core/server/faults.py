@@ -5,7 +5,12 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from infopt.core.errors import InfoptError, UnsupportedError, UsageError
+from infopt.core.errors import (
+    InfoptError,
+    RequestFailedError,
+    UnsupportedError,
+    UsageError,
+)
 
 NOT_AGAIN = {"x-should-retry": "false"}
 """OpenAI's clients try again after most faults; this says that it would be in vain."""
@@ -80,6 +85,9 @@ def api_error(error: Exception) -> ApiError:
             return error
         case UsageError() | UnsupportedError():
             return ApiError(400, error.message)
+        case RequestFailedError():
+            code = "request_failed"
+            return ApiError(500, error.message, kind="engine_error", code=code, headers=NOT_AGAIN)
         case InfoptError():
             headers = {"retry-after": str(_ENGINE_BACK_S)}
             return ApiError(503, error.message, kind="engine_error", headers=headers)

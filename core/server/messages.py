@@ -81,6 +81,7 @@ def output_from_map(values: Message) -> StepOutput:
         logprobs=_logprobs_from_list(values["logprobs"]),
         index=values["index"],
         prompt_logprobs=_logprobs_from_list(values["prompt_logprobs"]),
+        refused=values["refused"],
         embedding=None if values["embedding"] is None else tuple(values["embedding"]),
     )
 

@@ -141,8 +141,8 @@ def launch(tiny_model: Path) -> Iterator[Callable[..., Server]]:
     """Start servers of the tiny model; those still running in the end are stopped."""
     started: list[Server] = []
 
-    def start(**settings: Any) -> Server:
-        started.append(Server(tiny_model, **settings))
+    def start(*, model: Path = tiny_model, **settings: Any) -> Server:
+        started.append(Server(model, **settings))
         return started[-1]
 
     yield start
