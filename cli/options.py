@@ -14,6 +14,15 @@ class DeviceWord(StrEnum):
     cuda = "cuda"
 
 
+class EngineWord(StrEnum):
+    """Whose server `infopt serve` starts."""
+
+    infopt = "infopt"
+    vllm = "vllm"
+    sglang = "sglang"
+    transformers = "transformers"
+
+
 class BatchingWord(StrEnum):
     static = "static"
     dynamic = "dynamic"

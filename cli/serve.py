@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 
 def serve(
     model: opt.Model = None,
+    engine: Annotated[
+        opt.EngineWord | None,
+        typer.Option(
+            "--engine",
+            help="Whose server is started; the others' options are mapped, and shown.",
+            show_default="infopt",
+        ),
+    ] = None,
     host: Annotated[
         str | None, typer.Option("--host", help="Address to listen on.", show_default="127.0.0.1")
     ] = None,
@@ -162,6 +170,7 @@ def serve(
     Example: infopt serve smol-w4 --port 8000
     """
     given: dict[str, Any] = {
+        "engine": engine,
         "host": host,
         "port": port,
         "model_name": model_name,
@@ -219,11 +228,15 @@ def _serve(model: str | None, given: dict[str, Any], common: opt.Common) -> None
             "serve has no report to write", "--json and --output go with --ask or --dry-run"
         )
     with Screen(quiet=common.quiet) as screen:
-        from infopt.core.server.serve import serve as door
-
         open_model = opener(screen, common)
         word = model if model is not None else (step.model if step else None)
         work = Work("serve", word, settings, None, False, False, screen, open_model)
+        if settings.engine != "infopt":
+            from infopt.core.server.foreign_life import serve_foreign
+
+            serve_foreign(work.artifact, settings, screen.progress)
+            return
+        from infopt.core.server.serve import serve as door
 
         def reload() -> ServeSettings:
             fresh, _ = settings_for("serve", common, given)

@@ -8,6 +8,7 @@ from infopt.core.recipe.base import Seed, Settings, Words
 from infopt.core.recipe.text import Device, DType
 
 Batching = Literal["static", "dynamic", "continuous"]
+ServeEngine = Literal["infopt", "vllm", "sglang", "transformers"]
 BATCH_WAIT_MS = 50.0
 PREFIX_DISK_BYTES = 4 * 2**30
 KvDType = Literal["auto", "int8", "fp8"]
@@ -82,6 +83,8 @@ class EngineSettings(Settings):
 class ServeSettings(EngineSettings):
     """The server around the engine."""
 
+    engine: ServeEngine = "infopt"
+    """infopt's own, or another one's server, started with what these settings are there."""
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     model_name: str | None = None

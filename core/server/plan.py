@@ -11,6 +11,7 @@ from infopt.core.recipe.serve import EngineSettings, ServeSettings
 from infopt.core.reports.schema import Plan
 from infopt.core.runtime.kv_cache import block_bytes, blocks_that_fit, cache_dtype
 from infopt.core.runtime.step_memory import computed_step_bytes
+from infopt.core.server.foreign import foreign_command
 
 # Interpreter, torch and transformers in the engine process, and the API process beside it.
 _PROCESSES_BYTES = 900 * 2**20
@@ -22,6 +23,11 @@ def plan_serve(artifact: Artifact, settings: EngineSettings) -> Plan:
     Raises UnsupportedError for a model that the decoder does not know. An estimate: the free memory
     is that of now, before the weights are in it.
     """
+    if isinstance(settings, ServeSettings) and settings.engine != "infopt":
+        command = foreign_command(settings.engine, str(artifact.path), settings)
+        # Its weights at least; what else it takes is its own to decide.
+        least = artifact.weight_bytes + _PROCESSES_BYTES
+        return Plan(command="serve", actions=(f"run {' '.join(command)}",), memory_bytes=least)
     config = ModelConfig.from_hf(artifact.config)
     name = choose_device(settings.device)
     dtype: torch.dtype = getattr(torch, choose_dtype(settings.dtype, name))

@@ -22,6 +22,22 @@ OTHERS: list[dict[str, Any]] = [
     {"kv_dtype": "int8", "deterministic": True},
     {"prefix_disk": "some/where", "prefix_disk_bytes": 2**20},
     {"tool_parser": "llama3-json", "pooling": "last"},
+    {
+        "api_key_file": "keys",
+        "max_queued_requests": 7,
+        "max_queued_tokens": 900,
+        "max_body_bytes": 1000,
+        "rate_limit": 1.5,
+        "max_concurrency": 3,
+        "request_timeout": 9.0,
+        "drain_timeout": 0.0,
+        "max_idle": 60.0,
+        "log_file": "-",
+        "tls_cert": "a.pem",
+        "tls_key": "b.pem",
+        "cors_origins": ("https://a.example", "*"),
+    },
+    {"engine": "vllm"},
 ]
 
 
