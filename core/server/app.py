@@ -22,6 +22,7 @@ from infopt.core.server.doorway import Doorway, House
 from infopt.core.server.embeddings import add_embeddings
 from infopt.core.server.faults import ApiError, api_error, error_response
 from infopt.core.server.metrics import CONTENT_TYPE
+from infopt.core.server.page import add_page
 from infopt.core.server.prompts import Prompts
 from infopt.core.server.protocol import (
     COMPLETION_TOKENS,
@@ -170,6 +171,7 @@ def create_app(service: Service, cors_origins: Sequence[str] = ()) -> ASGIApp:
 
     add_embeddings(app, service)
     add_tokens(app, service)
+    add_page(app)
 
     @app.get("/v1/models")
     async def models() -> Response:
