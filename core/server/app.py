@@ -172,16 +172,7 @@ def create_app(service: Service, cors_origins: Sequence[str] = ()) -> ASGIApp:
     add_embeddings(app, service)
     add_tokens(app, service)
     add_page(app)
-
-    @app.get("/v1/models")
-    async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [service.card()]})
-
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
-        service.check_model(name)
-        return JSONResponse(service.card())
-
+    _add_models(app, service)
     _add_health(app, service)
     _handle_faults(app)
     paths = frozenset(route.path for route in app.routes if isinstance(route, Route))
@@ -195,6 +186,17 @@ def create_app(service: Service, cors_origins: Sequence[str] = ()) -> ASGIApp:
             expose_headers=["x-request-id", "retry-after"],
         )
     return whole_app
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [service.card()]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        service.check_model(name)
+        return JSONResponse(service.card())
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
