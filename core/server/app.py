@@ -22,6 +22,7 @@ from infopt.core.server.doorway import Doorway, House
 from infopt.core.server.embeddings import add_embeddings
 from infopt.core.server.faults import ApiError, api_error, error_response
 from infopt.core.server.metrics import CONTENT_TYPE
+from infopt.core.server.page import add_page
 from infopt.core.server.prompts import Prompts
 from infopt.core.server.protocol import (
     COMPLETION_TOKENS,
@@ -170,16 +171,8 @@ def create_app(service: Service, cors_origins: Sequence[str] = ()) -> ASGIApp:
 
     add_embeddings(app, service)
     add_tokens(app, service)
-
-    @app.get("/v1/models")
-    async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [service.card()]})
-
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
-        service.check_model(name)
-        return JSONResponse(service.card())
-
+    add_page(app)
+    _add_models(app, service)
     _add_health(app, service)
     _handle_faults(app)
     paths = frozenset(route.path for route in app.routes if isinstance(route, Route))
@@ -193,6 +186,17 @@ def create_app(service: Service, cors_origins: Sequence[str] = ()) -> ASGIApp:
             expose_headers=["x-request-id", "retry-after"],
         )
     return whole_app
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [service.card()]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        service.check_model(name)
+        return JSONResponse(service.card())
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
