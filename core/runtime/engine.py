@@ -360,7 +360,7 @@ class Engine:
         told = scores(request)
         if token in request.ends:
             self._finish(request)
-            return StepOutput(name, finish_reason="stop", index=index, prompt_logprobs=told)
+            return StepOutput(name, (), "stop", None, None, index, told, end=choice.logprob)
         request.tokens.append(token)
         reason, error = self._progress(request, token)
         if reason is not None:

@@ -199,6 +199,8 @@ class StepOutput:
     """With the first output of the first answer, if they were asked for: the prompt is one."""
     embedding: tuple[float, ...] | None = None
     """[hidden], of length 1: the one thing that a request for it is answered with."""
+    end: TokenLogprob | None = None
+    """The token that ended it, if log probabilities were asked for."""
     refused: bool = False
     """Whether the error is the request's own: what it asks for cannot be answered."""
 

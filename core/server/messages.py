@@ -81,6 +81,7 @@ def output_from_map(values: Message) -> StepOutput:
         logprobs=_logprobs_from_list(values["logprobs"]),
         index=values["index"],
         prompt_logprobs=_logprobs_from_list(values["prompt_logprobs"]),
+        end=None if values["end"] is None else _logprob(values["end"]),
         refused=values["refused"],
         embedding=None if values["embedding"] is None else tuple(values["embedding"]),
     )
@@ -95,12 +96,11 @@ def joined_from_map(values: Message) -> Joined:
 
 
 def _logprobs_from_list(entries: list[Message] | None) -> tuple[TokenLogprob, ...] | None:
-    if entries is None:
-        return None
-    return tuple(
-        TokenLogprob(entry["token_id"], entry["logprob"], tuple(map(tuple, entry["top"])))
-        for entry in entries
-    )
+    return None if entries is None else tuple(map(_logprob, entries))
+
+
+def _logprob(entry: Message) -> TokenLogprob:
+    return TokenLogprob(entry["token_id"], entry["logprob"], tuple(map(tuple, entry["top"])))
 
 
 def failed(error: Exception) -> bytes:

@@ -79,7 +79,9 @@ class CompletionShape:
                 text = self.echo.texts[prompt]
                 told = self._of_prompt(piece.index, self.echo.prompts[prompt], piece)
                 self._offsets[piece.index] = len(text)
-        logprobs = self._logprobs(piece.index, piece.logprobs)
+        # As OpenAI and vLLM have it, the token that ended the answer is told of, if it has no text.
+        ended = () if piece.end is None else (piece.end,)
+        logprobs = self._logprobs(piece.index, (*piece.logprobs, *ended))
         if told is not None and logprobs is not None:
             logprobs = {key: told[key] + logprobs[key] for key in told}
         return [
@@ -263,6 +265,7 @@ def _joined(index: int, pieces: Sequence[Piece]) -> Piece:
         pieces[-1].finish_reason,
         next((p.prompt_logprobs for p in pieces if p.prompt_logprobs is not None), None),
         tuple(call for piece in pieces for call in piece.calls),
+        pieces[-1].end,
     )
 
 

@@ -37,6 +37,8 @@ class Piece:
     """With the first piece, where they were asked for."""
     calls: tuple[CallPiece, ...] = ()
     """Come after the text."""
+    end: TokenLogprob | None = None
+    """Of the token that ended the answer, which is none of its own."""
 
 
 @dataclass(slots=True)
@@ -65,7 +67,7 @@ class _Answer:
         if not text and not calls and reason is None:
             return None
         told = self.prompt_logprobs
-        piece = Piece(index, text, self.tokens, self.logprobs, reason, told, calls)
+        piece = Piece(index, text, self.tokens, self.logprobs, reason, told, calls, output.end)
         self.tokens, self.logprobs, self.prompt_logprobs = 0, (), None
         return piece
 

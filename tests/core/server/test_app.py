@@ -200,6 +200,20 @@ def test_logprobs(client: openai.OpenAI, expected: list[str]) -> None:
     assert found.text_offset == [len("".join(found.tokens[:n])) for n in range(12)]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_token_that_ends_an_answer_has_its_log_probability_too(
+    server: Any, stream: bool
+) -> None:
+    """lm-eval takes the last one away, for it is of the token that it had to ask for."""
+    ending = {**GREEDY, "stop_token_ids": [700], "logit_bias": {"700": 100}, "stream": stream}
+    told = post(server, {**ending, "prompt": "a b c", "logprobs": 1, "echo": True, "max_tokens": 1})
+    text = told.text.split("data: ")[1] if stream else told.text
+    (choice,) = json.loads(text)["choices"]
+    assert choice["text"] == "a b c" and choice["finish_reason"] == "stop"
+    assert len(choice["logprobs"]["token_logprobs"]) == len(choice["logprobs"]["tokens"]) == 4
+    assert choice["logprobs"]["token_logprobs"][-1] < 0
+
+
 def test_chat_logprobs(client: openai.OpenAI) -> None:
     ask: Any = {"messages": HELLO, "logprobs": True, "top_logprobs": 2, **GREEDY}
     answer = client.chat.completions.create(**ask)
