@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from infopt.core.errors import EngineError
-from infopt.core.recipe.serve import ServeSettings
+from infopt.core.recipe.serve import KEYS_VARIABLE, ServeSettings
 from infopt.core.reports.serve import Answer, ServeReport
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Server:
             stdout=self._log,
             stderr=self._log,
             start_new_session=True,
+            env=_without_keys(),
         )
         try:
             self.url = self._await_ready(began + _START_LIMIT_S)
@@ -86,6 +87,11 @@ class Server:
                 process.wait()
         if self._log is not None:
             self._log.close()
+
+
+def _without_keys() -> dict[str, str]:
+    """The environment less its API keys: this command asks the server it starts without one."""
+    return {key: value for key, value in os.environ.items() if key != KEYS_VARIABLE}
 
 
 def _command(artifact: "Artifact", settings: ServeSettings) -> list[str]:

@@ -9,6 +9,8 @@ from infopt.core.recipe.text import Device, DType
 
 Batching = Literal["static", "dynamic", "continuous"]
 ServeEngine = Literal["infopt", "vllm", "sglang", "transformers"]
+KEYS_VARIABLE = "INFOPT_API_KEYS"
+"""An environment variable with API keys, where there is no file of them."""
 BATCH_WAIT_MS = 50.0
 PREFIX_DISK_BYTES = 4 * 2**30
 KvDType = Literal["auto", "int8", "fp8"]

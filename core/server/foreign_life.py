@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from infopt.core.artifact.read import Artifact
-from infopt.core.errors import EngineError
+from infopt.core.errors import EngineError, UsageError
 from infopt.core.progress import Progress, ProgressCallback, silent
-from infopt.core.recipe.serve import ServeSettings
+from infopt.core.recipe.serve import KEYS_VARIABLE, ServeSettings
 from infopt.core.server.foreign import foreign_command
 
 _LOOK_S = 0.5
@@ -29,9 +29,14 @@ def serve_foreign(
 ) -> None:
     """Serve by the engine that the settings name, until SIGINT or SIGTERM.
 
-    Raises UsageError for a setting that it does not have, EngineError where it is not installed or
-    ends by itself.
+    Raises UsageError for a setting, or API keys, that it does not have, EngineError where it is not
+    installed or ends by itself.
     """
+    if os.environ.get(KEYS_VARIABLE):
+        raise UsageError(
+            f"{KEYS_VARIABLE} is not known to {settings.engine}, which would let anybody in",
+            "unset it, or serve with --engine infopt",
+        )
     if settings.port == 0:
         settings = settings.model_copy(update={"port": free_port(settings.host)})
     command = foreign_command(

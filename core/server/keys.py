@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infopt.core.errors import UsageError
+from infopt.core.recipe.serve import KEYS_VARIABLE
 
-ENVIRONMENT = "INFOPT_API_KEYS"
-"""A variable with keys, where there is no file: lines as in a file, or divided by semicolons."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _LEAST = 8
 _OPTIONS = ("name", "rate", "concurrency")
@@ -58,6 +57,7 @@ class Keys:
 def read_keys(path: str | None, environment: Mapping[str, str] = os.environ) -> Keys | None:
     """The keys of a file, else of INFOPT_API_KEYS; None where there is neither: all may ask.
 
+    The variable has lines as in a file, or divided by semicolons.
     Raises UsageError for a file that cannot be read, holds no key, or says what is none.
     """
     if path is not None:
@@ -67,8 +67,8 @@ def read_keys(path: str | None, environment: Mapping[str, str] = os.environ) -> 
             reason = error.strerror if isinstance(error, OSError) else "it is not text"
             raise UsageError(f"cannot read the API keys in {path}: {reason}") from error
         return Keys(parse_keys(text, path))
-    if text := environment.get(ENVIRONMENT, ""):
-        return Keys(parse_keys(text.replace(";", "\n"), ENVIRONMENT))
+    if text := environment.get(KEYS_VARIABLE, ""):
+        return Keys(parse_keys(text.replace(";", "\n"), KEYS_VARIABLE))
     return None
 
 

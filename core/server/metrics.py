@@ -122,7 +122,7 @@ class EngineFigures(Collector):
         self._last = dict(stats)
 
     def lost(self) -> None:
-        """The engine is gone: its sums are final, and what it held is nothing."""
+        """The engine is gone: of its sums those heard last are kept, and it holds nothing."""
         if self._last is None:
             return
         for source, _ in _COUNTERS.values():

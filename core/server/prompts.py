@@ -111,13 +111,7 @@ class Prompts:
     def check_length(self, prompt: Sequence[int], param: str) -> None:
         """Raise ApiError for a prompt that is too long, if nothing is to follow it."""
         if len(prompt) > self.max_model_len:
-            raise ApiError(
-                400,
-                f"this model holds {self.max_model_len} tokens; "
-                f"you asked for {len(prompt)} in the {param}",
-                param=param,
-                code="context_length_exceeded",
-            )
+            raise self._too_long(prompt, param)
 
     async def echoes(self, body: CompletionRequest, prompts: Sequence[list[int]]) -> list[str]:
         """The prompts' texts."""
@@ -129,14 +123,7 @@ class Prompts:
         """Tokens that the answer may have; ApiError if those asked for do not fit."""
         left = self.max_model_len - len(prompt)
         if left < (asked or 1):
-            wish = f" and {asked} in the answer" if asked else ""
-            raise ApiError(
-                400,
-                f"this model holds {self.max_model_len} tokens; "
-                f"you asked for {len(prompt)} in the {param}{wish}",
-                param=param,
-                code="context_length_exceeded",
-            )
+            raise self._too_long(prompt, param, f" and {asked} in the answer" if asked else "")
         return asked or left
 
     async def beside(self, work: Callable[[], T]) -> T:
@@ -146,6 +133,15 @@ class Prompts:
     def _encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         found: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return found
+
+    def _too_long(self, prompt: Sequence[int], param: str, wish: str = "") -> ApiError:
+        return ApiError(
+            400,
+            f"this model holds {self.max_model_len} tokens; "
+            f"you asked for {len(prompt)} in the {param}{wish}",
+            param=param,
+            code="context_length_exceeded",
+        )
 
     def _check_tokens(self, prompt: Sequence[int], param: str) -> None:
         if not prompt:

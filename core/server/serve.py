@@ -66,6 +66,7 @@ def serve(
     engine from loading, and EngineError once it died too often to be started again.
     """
     keys = read_keys(settings.api_key_file)
+    _check_tls(settings)
     log = RequestLog.open(settings.log_file)
     with _bound(settings.host, settings.port) as listener:
         if not _is_loopback(listener) and keys is None:
@@ -260,7 +261,7 @@ async def _listen(
 
 
 def _uvicorn_config(app: ASGIApp, settings: ServeSettings) -> uvicorn.Config:
-    config = uvicorn.Config(
+    return uvicorn.Config(
         app,
         log_config=None,
         log_level="error",
@@ -271,14 +272,19 @@ def _uvicorn_config(app: ASGIApp, settings: ServeSettings) -> uvicorn.Config:
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
     )
+
+
+def _check_tls(settings: ServeSettings) -> None:
+    """Raise UsageError for a certificate or key that is none, before anything is loaded."""
+    if settings.tls_cert is None:
+        return
     try:
-        config.load()
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert, settings.tls_key)
     except (OSError, ssl.SSLError) as error:
         raise UsageError(
             f"cannot use the certificate {settings.tls_cert} with the key {settings.tls_key}: "
-            f"{getattr(error, 'strerror', None) or error}"
+            f"{error.strerror or error}"
         ) from error
-    return config
 
 
 @contextmanager

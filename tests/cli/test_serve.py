@@ -8,7 +8,7 @@ import pytest
 
 from infopt.cli import serve
 from infopt.cli.main import run_app
-from infopt.cli.serving import _command
+from infopt.cli.serving import _command, _without_keys
 from infopt.cli.verb import settings_for
 from infopt.core.recipe.serve import ServeSettings
 
@@ -59,6 +59,13 @@ def test_a_server_beside_this_process_gets_the_same_settings(
     words = _command(artifact, settings)
     assert run_app(words[words.index("serve") :]) == 0
     assert told == [settings]
+
+
+def test_a_server_that_we_ask_ourselves_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFOPT_API_KEYS", "sk-alice-123")
+    monkeypatch.setenv("INFOPT_CACHE", "somewhere")
+    found = _without_keys()
+    assert "INFOPT_API_KEYS" not in found and found["INFOPT_CACHE"] == "somewhere"
 
 
 def test_every_setting_is_among_them() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from infopt.core.errors import EngineError, UsageError
 from infopt.core.progress import Progress
 from infopt.core.recipe.serve import ServeSettings
 from infopt.core.server.foreign import foreign_command
-from infopt.core.server.foreign_life import free_port, run_foreign
+from infopt.core.server.foreign_life import free_port, run_foreign, serve_foreign
 
 
 def command(engine: Any, **settings: Any) -> str:
@@ -70,6 +71,14 @@ def test_what_another_engine_does_not_have_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=name):
         command(engine, **settings)
+
+
+def test_keys_of_the_environment_are_not_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFOPT_API_KEYS", "sk-alice-123")
+    artifact: Any = SimpleNamespace(path=Path("m"), trust_remote_code=False)
+    with pytest.raises(UsageError, match="let anybody in") as caught:
+        serve_foreign(artifact, ServeSettings(engine="vllm"))
+    assert "sk-alice" not in str(caught.value)
 
 
 def test_an_engine_that_is_not_there() -> None:

@@ -92,6 +92,17 @@ def test_a_host_that_is_none(tiny_model: Path) -> None:
         serve(read_artifact(tiny_model), ServeSettings(host="no host", port=0))
 
 
+def test_a_certificate_that_is_none_is_told_before_anything_is_loaded(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "cert.pem").write_text("none")
+    files = {"tls_cert": str(tmp_path / "cert.pem"), "tls_key": str(tmp_path / "key.pem")}
+    said: list[Progress] = []
+    with pytest.raises(UsageError, match="cannot use the certificate"):
+        serve(read_artifact(tiny_model), ServeSettings(port=0, **files), no_further(said))  # type: ignore[arg-type]
+    assert said == []
+
+
 def test_what_keeps_the_engine_from_loading(tiny_model: Path, folders: Any) -> None:
     before, children = folders(), psutil.Process().children()
     settings = ServeSettings(port=0, max_model_len=100_000)
