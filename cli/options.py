@@ -80,6 +80,15 @@ ReportOutput = Annotated[
 DeviceOption = Annotated[
     DeviceWord | None, typer.Option("--device", help="Where to compute.", show_default="auto")
 ]
+DeviceName = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="auto, cpu, cuda; with --static also a device by its name, such as 'H100 SXM'.",
+        show_default="auto",
+    ),
+]
 DTypeOption = Annotated[
     DTypeWord | None,
     typer.Option(
@@ -258,7 +267,7 @@ class Common:
 
     recipe: Path | None = None
     output: Path | None = None
-    device: DeviceWord | None = None
+    device: str | None = None
     dtype: DTypeWord | None = None
     seed: int | None = None
     json: str | None = None

@@ -4,6 +4,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from infopt.cli.compressed import distill_rows, kv_heads_rows, medusa_rows, prune_rows
+from infopt.cli.profiled import profile_rows
 from infopt.core.reports.bench import BenchReport
 from infopt.core.reports.convert import ConvertReport
 from infopt.core.reports.distill import DistillReport
@@ -11,7 +12,7 @@ from infopt.core.reports.doctor import DoctorReport
 from infopt.core.reports.evaluate import EvaluateReport
 from infopt.core.reports.kv_heads import KvHeadsReport
 from infopt.core.reports.medusa import MedusaReport
-from infopt.core.reports.profile import MeasuredPhase, ProfileReport
+from infopt.core.reports.profile import ProfileReport
 from infopt.core.reports.prune import PruneReport
 from infopt.core.reports.quantize import Allocation, QuantizeReport, SensitivityReport
 from infopt.core.reports.run import RunReport
@@ -45,7 +46,7 @@ def summary(report: Report) -> "RenderableType":
         case EvaluateReport():
             return _table(f"quality of {_name(report)}", _evaluate_rows(report))
         case ProfileReport():
-            return _table(f"profile of {_name(report)}", _profile_rows(report))
+            return _table(f"profile of {_name(report)}", profile_rows(report))
         case BenchReport():
             return _table(f"bench of {report.target}", _bench_rows(report))
         case ServeReport():
@@ -185,60 +186,6 @@ def _evaluate_rows(report: EvaluateReport) -> list[Row]:
             ),
         ]
     return rows
-
-
-def _profile_rows(report: ProfileReport) -> list[Row]:
-    static = report.static
-    fit = "fits" if static.fits else "does NOT fit"
-    rows = [
-        (
-            "parameters",
-            f"{static.parameters / 1e6:.1f} M "
-            f"({static.parameters_without_embedding / 1e6:.1f} M without embedding)",
-        ),
-        ("weights", size(static.weight_bytes)),
-        (
-            "KV cache",
-            f"{size(static.kv_bytes_per_token)} per token; {size(static.kv_bytes)} "
-            f"at batch {static.batch}, context {static.context}",
-        ),
-        (
-            "memory",
-            f"{size(static.memory_bytes)} of {size(static.device_memory_bytes)}: {fit}; "
-            f"largest batch {static.largest_batch}",
-        ),
-        (
-            "prefill needs",
-            f"{static.prefill.flops / 1e9:.4g} GFLOP, {size(static.prefill.bytes)} "
-            f"for {static.prefill.tokens} tokens",
-        ),
-        (
-            "decode needs",
-            f"{static.decode.flops / 1e9:.4g} GFLOP, {size(static.decode.bytes)} per step",
-        ),
-    ]
-    if report.prefill is not None:
-        rows.append(("prefill", _phase(report.prefill)))
-    if report.decode is not None:
-        rows.append(("decode", _phase(report.decode)))
-    if report.peaks is not None:
-        peaks = report.peaks
-        rows.append(
-            (
-                "peaks",
-                f"{peaks.flops_per_s / 1e9:.0f} GFLOP/s, {peaks.bytes_per_s / 1e9:.1f} GB/s "
-                f"({peaks.dtype}, measured {peaks.measured_at})",
-            )
-        )
-    return rows
-
-
-def _phase(phase: MeasuredPhase) -> str:
-    return (
-        f"{seconds(phase.seconds)}, {phase.tokens_per_s:.1f} tokens/s; "
-        f"MFU {phase.mfu:.1%} ({phase.flops_per_s / 1e9:.1f} GFLOP/s), "
-        f"MBU {phase.mbu:.1%} ({phase.bytes_per_s / 1e9:.1f} GB/s)"
-    )
 
 
 def _bench_rows(report: BenchReport) -> list[Row]:

@@ -47,6 +47,11 @@ TORCH_FREE = (
     "core/models/rope.py",
     "core/models/shapes.py",
     "core/profiling/static.py",
+    "core/profiling/shape.py",
+    "core/profiling/predict.py",
+    "core/profiling/profile.py",
+    "core/profiling/plan.py",
+    "core/profiling/measure.py",
     "cli",
 )
 HEAVY = {"torch", "transformers", "safetensors.torch", "triton"}

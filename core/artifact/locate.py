@@ -6,7 +6,7 @@ from pathlib import Path
 from infopt.core.artifact import default
 from infopt.core.artifact.gguf import convert_gguf
 from infopt.core.artifact.hub import cached_snapshot, download
-from infopt.core.artifact.read import CONFIG, Artifact, read_artifact
+from infopt.core.artifact.read import CONFIG, Artifact, read_artifact, read_config
 from infopt.core.errors import ArtifactError, ResourceError, UsageError
 from infopt.core.files import locked, sha256
 from infopt.core.progress import Progress, ProgressCallback, silent
@@ -43,6 +43,22 @@ def locate(
         f"no such model: {model}",
         "a model is a directory, a .gguf file, a hub id such as owner/name, or default",
     )
+
+
+def locate_config(
+    model: str | None,
+    *,
+    progress: ProgressCallback = silent,
+    trust_remote_code: bool = False,
+) -> Artifact:
+    """As `locate`, and also a config.json alone: a file, or a directory without weights."""
+    path = Path(model).expanduser() if model and model != "default" else None
+    if path is not None and path.suffix == ".json" and path.is_file():
+        return read_config(path)
+    bare = path is not None and (path / CONFIG).is_file() and not any(path.glob("*.safetensors*"))
+    if path is not None and bare:
+        return read_config(path / CONFIG)
+    return locate(model, progress=progress, trust_remote_code=trust_remote_code)
 
 
 def default_model_path() -> Path | None:

@@ -144,6 +144,12 @@ def read_artifact(
     return Artifact(name or path.resolve().name, path, config, files, headers, trust_remote_code)
 
 
+def read_config(file: Path) -> Artifact:
+    """What a config.json alone tells: an artifact without tensors."""
+    folder = file.resolve().parent
+    return Artifact(folder.name, folder, read_json(file), {}, {})
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON table; raises ArtifactError naming the file."""
     try:

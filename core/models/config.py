@@ -104,11 +104,11 @@ class ModelConfig:
         architecture = _architecture(config)
         family = FAMILIES[architecture]
         said = _said(config, family)
-        hidden, heads = _positive(said, "hidden_size"), _positive(said, "num_attention_heads")
+        hidden, heads = positive(said, "hidden_size"), positive(said, "num_attention_heads")
         kv_heads = int(said.get("num_key_value_heads") or heads)
         if heads % kv_heads:
             raise ArtifactError(f"{heads} attention heads cannot share {kv_heads} key/value heads")
-        layers = _positive(said, "num_hidden_layers")
+        layers = positive(said, "num_hidden_layers")
         head_dim = int(said.get("head_dim") or family.head_dim or hidden // heads)
         ropes, max_positions = _positions(said, family, head_dim)
         scaled = said.get("query_pre_attn_scalar", 256) if family.scaled_query else head_dim
@@ -116,10 +116,10 @@ class ModelConfig:
         return cls(
             architecture=architecture,
             names=family.names,
-            vocab_size=_positive(said, "vocab_size"),
+            vocab_size=positive(said, "vocab_size"),
             hidden_size=hidden,
             embedding_size=int(said.get("word_embed_proj_dim") or hidden),
-            intermediate_size=_positive(said, "intermediate_size"),
+            intermediate_size=positive(said, "intermediate_size"),
             layers=layers,
             heads=heads,
             kv_heads=kv_heads,
@@ -181,7 +181,8 @@ def _said(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     return said
 
 
-def _positive(config: Mapping[str, Any], key: str) -> int:
+def positive(config: Mapping[str, Any], key: str) -> int:
+    """A size of a config.json; raises ArtifactError where it is none."""
     value = config.get(key)
     if not isinstance(value, int) or value < 1:
         raise ArtifactError(f"config.json: {key} must be a positive integer (got {value!r})")
@@ -257,7 +258,7 @@ def _layer_kinds(config: Mapping[str, Any], family: Family, layers: int) -> list
 def _experts(config: Mapping[str, Any], family: Family, layers: int) -> Experts | None:
     if not family.experts_key:
         return None
-    count = _positive(config, _first(config, (family.experts_key, "num_local_experts")))
+    count = positive(config, _first(config, (family.experts_key, "num_local_experts")))
     step, plain = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or ()
     per_token = int(config.get("num_experts_per_tok") or family.experts_per_token)
     if per_token > count:
@@ -266,7 +267,7 @@ def _experts(config: Mapping[str, Any], family: Family, layers: int) -> Experts 
     return Experts(
         count=count,
         per_token=per_token,
-        intermediate_size=_positive(config, family.expert_size_key),
+        intermediate_size=positive(config, family.expert_size_key),
         normalized=bool(normalized) if family.normalized is None else family.normalized,
         layers=tuple(n not in plain and (n + 1) % step == 0 for n in range(layers)),
     )

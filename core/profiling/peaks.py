@@ -35,16 +35,17 @@ def device_peaks(
     *,
     progress: ProgressCallback = silent,
     at_least: Peaks | None = None,
+    anew: bool = False,
 ) -> KnownPeaks:
     """The stored peaks of this device, dtype and torch's threads; if there are none, measured now.
 
     With `at_least` they are measured anew, and each is the higher of both: what was once reached
-    can be reached. What is measured is stored.
+    can be reached; with `anew` what was stored is not looked at. What is measured is stored.
     """
     threads = torch.get_num_threads() if device == "cpu" else 1
     record, warning = load_calibration(name, dtype, threads)
     told: tuple[str, ...] = () if warning is None else (warning,)
-    if record is not None and at_least is None:
+    if record is not None and at_least is None and not anew:
         return KnownPeaks(_as_peaks(record), "calibrated", (*told, *_busy(record)))
     load = _load()
     kind = torch.device(device)

@@ -1,54 +1,29 @@
 """Profile: what a model needs by arithmetic, what the runtime reaches of this device's peaks."""
 
-import math
-from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
 
 from infopt.core.artifact.read import Artifact
-from infopt.core.errors import UsageError
-from infopt.core.hardware.calibration import load_calibration
-from infopt.core.hardware.choose import choose_device, choose_dtype
-from infopt.core.hardware.probe import Machine, probe
-from infopt.core.models.config import ModelConfig
-from infopt.core.profiling.static import TABLES, static_profile
-from infopt.core.profiling.timer import Times, repeat
-from infopt.core.progress import Progress, ProgressCallback, silent
+from infopt.core.hardware.probe import probe
+from infopt.core.profiling.energy import energy_counter
+from infopt.core.profiling.measure import Run, Runner, read_weights, run_phases
+from infopt.core.profiling.memory import MemorySampler, memory_reader
+from infopt.core.profiling.shape import ModelShape, shape_of
+from infopt.core.profiling.static import kv_bytes_per_token
+from infopt.core.profiling.subject import Target, static_of, target_of
+from infopt.core.progress import ProgressCallback, silent
 from infopt.core.recipe.profile import ProfileSettings
-from infopt.core.recipe.serve import EngineSettings
 from infopt.core.reports.profile import (
+    KvCache,
     MeasuredPhase,
+    MemoryTimeline,
     Peaks,
-    PhaseCost,
     ProfileReport,
     StaticProfile,
 )
-from infopt.core.reports.schema import Origin, Plan
+from infopt.core.reports.schema import ModelSummary, Origin
 
-# Bytes for the interpreter, the libraries and the allocator: assumed.
-_RESERVE = {"cpu": 512 * 2**20, "cuda": 3_500_000_000}
-# The share of a peak that the runtime reaches, for the time that a plan tells: assumed.
-_UTILIZATION = 0.4
 # Runs are called unsteady if their median exceeds the fastest by this factor.
 _UNSTEADY = 1.5
-_DECODE_WARMUP = 3
-_PREFILL_WARMUP = 1
-
-
-class Runner(Protocol):
-    """The runtime, one phase at a time; each call returns when its work is done."""
-
-    dtype: str
-    weight_bytes: int
-    """Bytes of weights that a decode step reads."""
-
-    def prefill(self, batch: int, tokens: int) -> None:
-        """Compute `batch` prompts of `tokens` tokens, up to the logits of their last."""
-
-    def prepare_decode(self, batch: int, context: int) -> None:
-        """Make ready for `batch` sequences of `context` tokens, the one to be computed included."""
-
-    def decode_step(self) -> None:
-        """One token for each sequence, at that same context."""
 
 
 def profile(
@@ -64,28 +39,132 @@ def profile(
     context, prompt and output together. `peaks` stands in for those of the device. Raises
     UsageError if that context exceeds the model's positions.
     """
-    assert runner is not None or not (settings.mfu or settings.mbu), "measuring needs a runner"
-    config, machine = ModelConfig.from_hf(artifact.config), probe()
-    device = choose_device(settings.device)
-    dtype = runner.dtype if runner else choose_dtype(settings.dtype, device)
-    static = _static(artifact, config, settings, device, dtype, machine)
-    warnings = _static_warnings(static)
-    report = ProfileReport(
-        model=artifact.summary(), provenance=_STATIC_ORIGINS, warnings=warnings, static=static
-    )
-    if runner is None or not (settings.mfu or settings.mbu):
+    assert runner is not None or not settings.measures, "measuring needs a runner"
+    shape = shape_of(artifact.config)
+    target = target_of(settings, probe())
+    static = static_of(artifact, shape, settings, target)
+    report = _counted(artifact, shape, settings, static, target)
+    if runner is None or not settings.measures:
         return report
-    runs = _run(runner, settings, static, progress)
-    ceilings, origin, notes = _peaks(runs, device, _name(device, machine), dtype, peaks, progress)
-    phases = {phase: run.against(ceilings) for phase, run in runs.items()}
+    energy = energy_counter(target.kind) if settings.energy else None
+    if settings.trace is not None:
+        from infopt.core.profiling.trace import write_trace
+
+        write_trace(runner, settings, static.context, Path(settings.trace), progress)
+        report = report.model_copy(update={"trace": settings.trace})
+    if settings.memory:
+        reader = memory_reader(target.kind)
+        before = reader()
+        with MemorySampler(reader) as sampler:
+            runs = run_phases(runner, settings, static, progress, energy)
+        report = report.model_copy(update={"memory": _memory(before, sampler, static, target)})
+    else:
+        runs = run_phases(runner, settings, static, progress, energy)
+    return _with_runs(report, runs, runner, target, peaks, progress)
+
+
+def _counted(
+    artifact: Artifact,
+    shape: ModelShape,
+    settings: ProfileSettings,
+    static: StaticProfile,
+    target: Target,
+) -> ProfileReport:
+    origins: dict[str, Origin] = dict(_STATIC_ORIGINS)
+    if settings.named_device is not None:
+        origins["static.device_memory_bytes"] = "datasheet"
+    if static.predicted is not None:
+        by_kernels = static.predicted.source == "kernels"
+        origins["static.predicted"] = "calibrated" if by_kernels else "assumed"
+        origins["static.predicted.critical_batch"] = target.origin
+        origins["static.predicted.critical_context"] = target.origin
+    return ProfileReport(
+        model=_summary(artifact, static),
+        provenance=origins,
+        warnings=(*_static_warnings(static, shape), *target.notes),
+        static=static,
+        kv_cache=_kv_cache(shape, settings, static),
+        device=target.name,
+        only="kv" if settings.kv else None,
+    )
+
+
+def _summary(artifact: Artifact, static: StaticProfile) -> ModelSummary:
+    """Of a config alone, what it says."""
+    summary = artifact.summary()
+    if artifact.headers:
+        return summary
+    found = {"parameters": static.parameters, "bytes": static.weight_bytes}
+    return summary.model_copy(update=found)
+
+
+def _kv_cache(shape: ModelShape, settings: ProfileSettings, static: StaticProfile) -> KvCache:
+    layer = shape.layers[0]
+    in_8_bits = static.kv_bytes_per_token != kv_bytes_per_token(
+        shape, {"float32": 4, "bfloat16": 2, "float16": 2}[static.dtype]
+    )
+    kept = settings.kv_dtype if settings.kv_dtype != "auto" else "8 bits"
+    windows = sorted({one.window for one in shape.layers if one.window is not None})
+    if layer.latent_pair_flops:
+        kind = f"a latent of {layer.kv_width} elements a layer"
+    else:
+        kind = f"{layer.kv_vectors // 2} key and value heads of {layer.kv_width}"
+    if windows:
+        some = sum(one.window is not None for one in shape.layers)
+        kind += f"; {some} of {len(shape.layers)} layers keep {windows[-1]} tokens at most"
+    return KvCache(
+        bytes=static.kv_bytes,
+        bytes_per_token=static.kv_bytes_per_token,
+        batch=static.batch,
+        context=static.context,
+        dtype=kept if in_8_bits else static.dtype,
+        kind=kind,
+        share_of_weights=static.kv_bytes / static.weight_bytes,
+    )
+
+
+def _memory(
+    before: int, sampler: MemorySampler, static: StaticProfile, target: Target
+) -> MemoryTimeline:
+    """With what the runs took beyond weights and cache in place of the reserve assumed."""
+    other = max(0, sampler.peak - static.memory.weights - static.memory.kv_cache)
+    each = max(1, static.memory.kv_cache // static.batch)
+    free = target.memory_bytes - static.memory.weights - other
+    return MemoryTimeline(
+        peak_bytes=sampler.peak,
+        before_bytes=before,
+        expected_bytes=static.memory_bytes,
+        samples=sampler.timeline,
+        largest_batch=max(0, free // each),
+    )
+
+
+def _with_runs(
+    report: ProfileReport,
+    runs: dict[str, Run],
+    runner: Runner,
+    target: Target,
+    given: Peaks | None,
+    progress: ProgressCallback,
+) -> ProfileReport:
+    if not runs:
+        return report
+    ceilings, origin, notes = _peaks(runs, target, runner.dtype, given, progress)
+    predicted = report.static.predicted
+    by_kernels = predicted is not None and predicted.source == "kernels"
+    times = {
+        "prefill": predicted.ttft_s if predicted is not None and by_kernels else None,
+        "decode": predicted.tpot_s if predicted is not None and by_kernels else None,
+    }
+    phases = {phase: run.against(ceilings, times[phase]) for phase, run in runs.items()}
     return report.model_copy(
         update={
             **phases,
             "peaks": ceilings,
-            "provenance": _STATIC_ORIGINS | _measured_origins(phases, origin),
+            "provenance": report.provenance | _measured_origins(phases, origin),
             "warnings": (
-                *warnings,
-                *_weight_warning(static, runner),
+                *report.warnings,
+                *_weight_warning(report.static, runner),
                 *notes,
                 *beyond(phases),
                 *_unsteady(phases),
@@ -94,99 +173,9 @@ def profile(
     )
 
 
-def plan_profile(artifact: Artifact, settings: ProfileSettings) -> Plan:
-    """What `profile` would do: the memory and, on a calibrated device, the time it would take."""
-    config, machine = ModelConfig.from_hf(artifact.config), probe()
-    device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device)
-    static = _static(artifact, config, settings, device, dtype, machine)
-    actions = ["count parameters, FLOPs, bytes and memory from the config and the weights' headers"]
-    seconds = 0.0
-    threads = machine.physical_cores if device == "cpu" else 1
-    record, _ = load_calibration(_name(device, machine), dtype, threads)
-    flops, rate = (record.flops_per_s, record.bytes_per_s) if record else (math.nan, math.nan)
-    if settings.mfu:
-        runs = _PREFILL_WARMUP + settings.repeats
-        actions.append(f"run {runs} prefills of {settings.batch} x {settings.prompt_tokens} tokens")
-        seconds += runs * static.prefill.flops / flops / _UTILIZATION
-    if settings.mbu:
-        runs = _DECODE_WARMUP + settings.output_tokens
-        actions.append(f"run {runs} decode steps of {settings.batch} x 1 token")
-        seconds += runs * static.decode.bytes / rate / _UTILIZATION
-    if settings.mfu or settings.mbu:
-        stored = f"of {record.measured_at}" if record else "measured now and stored"
-        actions.append(f"compare with the peaks of {_name(device, machine)} in {dtype}, {stored}")
-    measured = settings.mfu or settings.mbu
-    return Plan(
-        command="profile",
-        actions=tuple(actions),
-        memory_bytes=static.memory_bytes if measured else _RESERVE[device],
-        seconds=None if math.isnan(seconds) else seconds,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """A phase as it ran, and what it needed with the weights as the runtime holds them."""
-
-    tokens: int
-    flops: float
-    bytes: float
-    times: Times
-
-    def against(self, peaks: Peaks) -> MeasuredPhase:
-        seconds = self.times.median
-        rate, bandwidth = self.flops / seconds, self.bytes / seconds
-        return MeasuredPhase(
-            seconds=seconds,
-            seconds_min=self.times.best,
-            predicted_seconds=max(self.flops / peaks.flops_per_s, self.bytes / peaks.bytes_per_s),
-            tokens=self.tokens,
-            flops=self.flops,
-            bytes=self.bytes,
-            tokens_per_s=self.tokens / seconds,
-            flops_per_s=rate,
-            bytes_per_s=bandwidth,
-            mfu=rate / peaks.flops_per_s,
-            mbu=bandwidth / peaks.bytes_per_s,
-        )
-
-
-def _run(
-    runner: Runner, settings: ProfileSettings, static: StaticProfile, progress: ProgressCallback
-) -> dict[str, _Run]:
-    runs: dict[str, _Run] = {}
-    batch = settings.batch
-    if settings.mfu:
-        progress(Progress("prefill", note=f"{batch} x {settings.prompt_tokens} tokens"))
-        times = repeat(
-            lambda: runner.prefill(batch, settings.prompt_tokens),
-            warmup=_PREFILL_WARMUP,
-            runs=settings.repeats,
-        )
-        runs["prefill"] = _as_run(static.prefill, runner, times)
-    if settings.mbu:
-        progress(Progress("decode", note=f"{batch} x 1 token at context {static.context}"))
-        runner.prepare_decode(batch, static.context)
-        times = repeat(runner.decode_step, warmup=_DECODE_WARMUP, runs=settings.output_tokens)
-        runs["decode"] = _as_run(static.decode, runner, times)
-    return runs
-
-
-def _as_run(cost: PhaseCost, runner: Runner, times: Times) -> _Run:
-    own = _read_weights(cost)
-    return _Run(cost.tokens, cost.flops, cost.bytes - own + runner.weight_bytes, times)
-
-
-def _read_weights(cost: PhaseCost) -> float:
-    """Bytes of weights that every pass reads: all but the rows of the embedding tables."""
-    return sum(o.weight_bytes for o in cost.operators if o.name not in TABLES)
-
-
 def _peaks(
-    runs: dict[str, _Run],
-    device: str,
-    name: str,
+    runs: dict[str, Run],
+    target: Target,
     dtype: str,
     given: Peaks | None,
     progress: ProgressCallback,
@@ -199,10 +188,12 @@ def _peaks(
         return given, "calibrated", ()
     from infopt.core.profiling.peaks import device_peaks
 
-    known = device_peaks(device, name, dtype, progress=progress)
+    known = device_peaks(target.kind, target.name, dtype, progress=progress)
     phases = {phase: run.against(known.peaks) for phase, run in runs.items()}
     if known.origin == "calibrated" and beyond(phases):
-        known = device_peaks(device, name, dtype, progress=progress, at_least=known.peaks)
+        known = device_peaks(
+            target.kind, target.name, dtype, progress=progress, at_least=known.peaks
+        )
     return known.peaks, known.origin, known.warnings
 
 
@@ -227,59 +218,24 @@ def _unsteady(phases: dict[str, MeasuredPhase]) -> tuple[str, ...]:
     )
 
 
-def _static(
-    artifact: Artifact,
-    config: ModelConfig,
-    settings: ProfileSettings,
-    device: str,
-    dtype: str,
-    machine: Machine,
-) -> StaticProfile:
-    context = settings.prompt_tokens + settings.output_tokens
-    if context > config.max_positions:
-        raise UsageError(
-            f"{settings.prompt_tokens} prompt and {settings.output_tokens} output tokens exceed "
-            f"the model's {config.max_positions} positions",
-            "lower --prompt-tokens or --output-tokens",
+def _static_warnings(static: StaticProfile, shape: ModelShape) -> tuple[str, ...]:
+    found = []
+    if not static.fits:
+        found.append("the model does not fit into the device's memory at this batch and context")
+    if any(layer.experts for layer in shape.layers):
+        found.append(
+            "the experts that a step reads are expected as if all were equally likely to be chosen"
         )
-    return static_profile(
-        config,
-        dtype=dtype,
-        batch=settings.batch,
-        prompt_tokens=settings.prompt_tokens,
-        context=context,
-        device_memory=machine.gpus[0].memory_bytes
-        if device == "cuda"
-        else machine.memory_total_bytes,
-        step_tokens=EngineSettings().max_batch_tokens,
-        reserve=_RESERVE[device],
-        headers=artifact.headers,
-        kv_8bit=_kv_in_8_bits(artifact),
-    )
-
-
-def _kv_in_8_bits(artifact: Artifact) -> bool:
-    """Whether the runtime caches keys and values as the artifact says, and it says 8 bits."""
-    table = artifact.quantization
-    if table is None or not table.get("kv_cache_scheme"):
-        return False
-    from infopt.core.artifact.schemes import kv_format_of  # it knows torch, this room may not
-
-    return kv_format_of(table, str(artifact.path)) is not None
-
-
-def _name(device: str, machine: Machine) -> str:
-    return machine.gpus[0].name if device == "cuda" else machine.cpu
-
-
-def _static_warnings(static: StaticProfile) -> tuple[str, ...]:
-    if static.fits:
-        return ()
-    return ("the model does not fit into the device's memory at this batch and context",)
+    if static.predicted is not None and static.predicted.missing:
+        kinds = ", ".join(static.predicted.missing)
+        found.append(
+            f"no kernel of {kinds} was measured here: their times follow the roofline"
+        )
+    return tuple(found)
 
 
 def _weight_warning(static: StaticProfile, runner: Runner) -> tuple[str, ...]:
-    expected = _read_weights(static.decode)
+    expected = read_weights(static.decode)
     if abs(runner.weight_bytes - expected) <= 0.01 * expected:
         return ()
     return (
@@ -293,6 +249,7 @@ _STATIC_ORIGINS: dict[str, Origin] = {
     "static": "computed",
     "static.device_memory_bytes": "measured",
     "static.memory.reserve": "assumed",
+    "kv_cache": "computed",
 }
 
 
@@ -300,6 +257,7 @@ def _measured_origins(phases: dict[str, MeasuredPhase], peaks: Origin) -> dict[s
     found: dict[str, Origin] = {"peaks": peaks}
     for phase in phases:
         found[phase] = "measured"
-        for key in ("tokens", "flops", "bytes", "predicted_seconds"):
+        for key in ("tokens", "flops", "bytes", "roofline_seconds"):
             found[f"{phase}.{key}"] = "computed"
+        found[f"{phase}.predicted_seconds"] = "calibrated"
     return found

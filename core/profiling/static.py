@@ -6,18 +6,20 @@ to itself and all before it. Prefill computes lm_head for the last position only
     decode   2 N_mm + 4 L Hq d S                                     per sequence
     prefill  2 N_layers P + 2 V h + 4 L Hq d P (P + 1) / 2           per sequence
 
-A layer with a sliding window attends to no more than that. Models with experts are refused: what a
-step reads of them depends on where its tokens are routed.
+A layer with a sliding window attends to no more than that. Of experts, N counts those that a token
+is routed to. With latent attention (MLA) a pair costs what is less: 2 H (2 rank + rope) with the
+queries taken to the latent, or 2 H (d_qk + d_v) and the expansion of the latents before.
 
 Bytes are the least that must move: each weight once per pass, the KV cache read once and the new
-entries written; of the embedding tables only the rows looked up. Hidden states are not counted.
+entries written; of the embedding tables only the rows looked up, of experts those that the tokens
+are expected to reach if all are equally likely: E (1 - (1 - k/E)^tokens). Hidden states are not
+counted.
 """
 
 from collections.abc import Callable, Mapping
 
 from infopt.core.artifact.headers import TensorHeader
-from infopt.core.errors import UnsupportedError
-from infopt.core.models.config import ModelConfig
+from infopt.core.profiling.shape import ModelShape
 from infopt.core.reports.profile import MemoryNeed, OperatorCost, PhaseCost, StaticProfile
 
 OPERATORS = ("embedding", "norms", "qkv", "attention", "o", "gate_up", "down", "lm_head")
@@ -29,75 +31,80 @@ _NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("embedding", ("embed_tokens", "wte")),
     ("lm_head", ("lm_head",)),
     ("projections", ("project_in", "project_out")),
-    ("qkv", ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn")),
+    ("experts", (".experts.",)),
+    ("router", (".gate.",)),
+    ("qkv", ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "q_a_proj", "q_b_proj", "kv_")),
     ("o", ("o_proj", "out_proj", "attn.c_proj")),
     ("gate_up", ("gate_proj", "up_proj", "gate_up_proj", ".fc1", "c_fc")),
     ("down", ("down_proj", ".fc2", "mlp.c_proj")),
 )
 TABLES = ("embedding", "positions")
 """Of these, a pass reads the rows that it looks up."""
-_SCALE_BYTES = 4
+PACKABLE = frozenset({"qkv", "o", "gate_up", "down", "experts"})
+"""What quantization stores in fewer bits."""
 # Masks that old GPT-2 checkpoints hold; nothing reads them.
 _BUFFERS = (".attn.bias", ".attn.masked_bias")
 
 
-def matrix_sizes(config: ModelConfig) -> dict[str, int]:
+def matrix_sizes(shape: ModelShape) -> dict[str, int]:
     """Elements of the weight matrices by operator, over all layers; lm_head even where tied."""
-    if config.experts is not None:
-        raise UnsupportedError(
-            f"the static profile does not know experts ({config.architecture}): the bytes of a "
-            "step depend on where its tokens are routed",
-            "infopt bench measures such a model",
-        )
-    hidden, wide = config.hidden_size, config.heads * config.head_dim
-    narrow = config.kv_heads * config.head_dim
+    layers = shape.layers
     found = {
-        "qkv": config.layers * hidden * (wide + 2 * narrow),
-        "o": config.layers * wide * hidden,
-        "gate_up": config.layers * (2 if config.gated else 1) * hidden * config.intermediate_size,
-        "down": config.layers * config.intermediate_size * hidden,
-        "lm_head": config.vocab_size * config.embedding_size,
+        "qkv": sum(layer.qkv for layer in layers),
+        "o": sum(layer.o for layer in layers),
+        "gate_up": sum(layer.wide for layer in layers),
+        "down": sum(layer.down for layer in layers),
+        "lm_head": shape.vocab_size * shape.embedding_size,
     }
-    if config.embedding_size != hidden:
-        found["projections"] = 2 * hidden * config.embedding_size
+    if any(layer.experts for layer in layers):
+        found["router"] = sum(layer.router for layer in layers)
+        found["experts"] = sum(layer.experts * layer.expert for layer in layers)
+    if shape.embedding_size != shape.hidden_size:
+        found["projections"] = 2 * shape.hidden_size * shape.embedding_size
     return found
 
 
-def parameters(config: ModelConfig) -> dict[str, int]:
+def active_sizes(shape: ModelShape) -> dict[str, int]:
+    """The same, of experts those that one token is routed to."""
+    found = matrix_sizes(shape)
+    if "experts" in found:
+        found["experts"] = sum(layer.per_token * layer.expert for layer in shape.layers)
+    return found
+
+
+def parameters(shape: ModelShape) -> dict[str, int]:
     """Parameters by operator, with biases and norms; a tied table is in embedding and lm_head."""
-    hidden = config.hidden_size
-    found = {"embedding": config.vocab_size * config.embedding_size, **matrix_sizes(config)}
-    if config.rope is None:
-        found["positions"] = (config.max_positions + config.position_offset) * hidden
-    norm = 2 * hidden if config.norm == "layer" else hidden
-    names = config.names
-    each = 2 + sum(bool(name) for name in (names.attention_norm, names.mlp_out_norm))
-    head_norms = 2 * config.head_dim if config.qk_norm else 0
-    found["norms"] = config.layers * (each * norm + head_norms) + config.final_norm * norm
-    if "qkv" in config.biases:
-        found["qkv"] += config.layers * (config.heads + 2 * config.kv_heads) * config.head_dim
-    if "output" in config.biases:
-        found["o"] += config.layers * hidden
-    if "mlp" in config.biases:
-        found["gate_up"] += config.layers * (2 if config.gated else 1) * config.intermediate_size
-        found["down"] += config.layers * hidden
+    found = {"embedding": shape.vocab_size * shape.embedding_size, **matrix_sizes(shape)}
+    if shape.position_rows:
+        found["positions"] = shape.position_rows * shape.hidden_size
+    for name, count in shape.vectors.items():
+        found[name] = found.get(name, 0) + count
     return found
 
 
-def total(config: ModelConfig, by_operator: Mapping[str, int]) -> int:
+def total(shape: ModelShape, by_operator: Mapping[str, int]) -> int:
     """The sum over the operators, a tied table counted once."""
-    return sum(by_operator.values()) - (by_operator["embedding"] if config.tied_embeddings else 0)
+    return sum(by_operator.values()) - (by_operator["embedding"] if shape.tied_embeddings else 0)
 
 
 def weight_bytes(
-    config: ModelConfig, dtype_bytes: int, headers: Mapping[str, TensorHeader] | None = None
+    shape: ModelShape,
+    dtype_bytes: int,
+    headers: Mapping[str, TensorHeader] | None = None,
+    bits: float | None = None,
 ) -> dict[str, int]:
     """Bytes by operator with plain weights in the dtype of the run; from the tensors where given.
 
-    Quantized layers count as they are stored, with their scales and zeros.
+    Quantized layers count as they are stored, with their scales and zeros; where only a config is
+    there, with `bits` a weight.
     """
     if headers is None:
-        return {name: count * dtype_bytes for name, count in parameters(config).items()}
+        wide = 8.0 * dtype_bytes
+        each = {
+            name: wide if bits is None or name not in PACKABLE else bits
+            for name in parameters(shape)
+        }
+        return {name: int(count * each[name] / 8) for name, count in parameters(shape).items()}
     packed = {_module(name) for name, header in headers.items() if "int" in header.dtype}
     found = dict.fromkeys(("embedding", "norms", "qkv", "o", "gate_up", "down", "lm_head"), 0)
     for name, header in headers.items():
@@ -107,7 +114,7 @@ def weight_bytes(
         size = header.nbytes if stored else header.numel * dtype_bytes
         operator = operator_of(name)
         found[operator] = found.get(operator, 0) + size
-    if config.tied_embeddings:  # stored under either name, or under both
+    if shape.tied_embeddings:  # stored under either name, or under both
         found["embedding"] = found["lm_head"] = max(found["embedding"], found["lm_head"])
     return found
 
@@ -124,40 +131,34 @@ def _module(tensor: str) -> str:
     return tensor.rpartition(".")[0]
 
 
-def kv_bytes_per_token(config: ModelConfig, dtype_bytes: int, *, kv_8bit: bool = False) -> int:
-    """Keys and values of one token over all layers: 2 L Hkv d B.
+def kv_bytes_per_token(shape: ModelShape, dtype_bytes: int, *, kv_8bit: bool = False) -> int:
+    """What is cached of one token over all layers: 2 L Hkv d B; MLA: L (rank + rope) B.
 
-    In 8 bits a head takes d bytes, up to a multiple of 4, and a float32 scale.
+    In 8 bits a vector takes its elements, up to a multiple of 4, and a float32 scale.
     """
-    head = config.head_dim * dtype_bytes
-    if kv_8bit:
-        head = -(-config.head_dim // 4) * 4 + _SCALE_BYTES
-    return 2 * config.layers * config.kv_heads * head
+    return sum(layer.kv_bytes(dtype_bytes, in_8_bits=kv_8bit) for layer in shape.layers)
 
 
 def kv_bytes(
-    config: ModelConfig, *, batch: int, context: int, dtype_bytes: int, kv_8bit: bool = False
+    shape: ModelShape, *, batch: int, context: int, dtype_bytes: int, kv_8bit: bool = False
 ) -> int:
     """The cache of `batch` sequences of `context` tokens; a sliding window bounds what is kept."""
-    kept = sum(min(context, window or context) for window in config.windows)
-    token = kv_bytes_per_token(config, dtype_bytes, kv_8bit=kv_8bit)
-    return batch * kept * token // config.layers
+    return batch * sum(
+        min(context, layer.window or context) * layer.kv_bytes(dtype_bytes, in_8_bits=kv_8bit)
+        for layer in shape.layers
+    )
 
 
-def attended(config: ModelConfig, tokens: int) -> int:
+def attended(shape: ModelShape, tokens: int) -> int:
     """Query-key pairs of a sequence's first `tokens`, over all layers.
 
     Of one layer: the sum of min(i, window), i = 1..tokens.
     """
-    return sum(_pairs(tokens, min(tokens, window or tokens)) for window in config.windows)
-
-
-def _pairs(tokens: int, window: int) -> int:
-    return window * (window + 1) // 2 + (tokens - window) * window
+    return sum(layer.pairs(tokens) for layer in shape.layers)
 
 
 def phase_cost(
-    config: ModelConfig,
+    shape: ModelShape,
     weights: Mapping[str, int],
     *,
     batch: int,
@@ -167,21 +168,23 @@ def phase_cost(
     kv_8bit: bool = False,
 ) -> PhaseCost:
     """One pass of `new` tokens a sequence over `past` cached: decode is new=1, prefill past=0."""
-    sizes = matrix_sizes(config)
-    pairs = attended(config, past + new) - attended(config, past)
-    flops = {name: 2.0 * size * batch * new for name, size in sizes.items()}
-    flops["lm_head"] = 2.0 * sizes["lm_head"] * batch
-    flops["attention"] = 4.0 * config.heads * config.head_dim * pairs * batch
-    read = dict(weights)
-    rows = min(batch * new, config.vocab_size)
-    read["embedding"] = weights["embedding"] * rows // config.vocab_size
+    flops = {name: 2.0 * size * batch * new for name, size in active_sizes(shape).items()}
+    flops["lm_head"] = 2.0 * shape.vocab_size * shape.embedding_size * batch
+    flops["attention"] = float(batch * sum(la.attention_flops(past, new) for la in shape.layers))
+    read: dict[str, float] = dict(weights)
+    read["embedding"] = weights["embedding"] * min(batch * new, shape.vocab_size) / shape.vocab_size
     if "positions" in weights:
-        stored = config.max_positions + config.position_offset
-        read["positions"] = weights["positions"] * min(batch * new, stored) // stored
-    cached = sum(min(past, window - 1) if window else past for window in config.windows)
-    tokens = cached + 2 * new * config.layers
-    token = kv_bytes_per_token(config, dtype_bytes, kv_8bit=kv_8bit)
-    moved = batch * tokens * token // config.layers
+        rows = min(batch * new, shape.position_rows)
+        read["positions"] = weights["positions"] * rows / shape.position_rows
+    if "experts" in weights:
+        there = sum(layer.experts for layer in shape.layers)
+        reached = sum(layer.experts_read(batch * new) for layer in shape.layers)
+        read["experts"] = weights["experts"] * reached / there
+    moved = batch * sum(
+        (min(past, layer.window - 1 if layer.window else past) + 2 * new)
+        * layer.kv_bytes(dtype_bytes, in_8_bits=kv_8bit)
+        for layer in shape.layers
+    )
     names = [*OPERATORS, *(name for name in weights if name not in OPERATORS)]
     operators = tuple(
         OperatorCost(
@@ -201,7 +204,7 @@ def phase_cost(
 
 
 def memory_need(
-    config: ModelConfig,
+    shape: ModelShape,
     resident: int,
     *,
     batch: int,
@@ -215,22 +218,21 @@ def memory_need(
 
     Activations are the widest point of one layer; logits are held in the dtype and in float32.
     """
-    attention = (2 * config.heads + 2 * config.kv_heads) * config.head_dim
-    widest = 2 * config.hidden_size + max(attention, 3 * config.intermediate_size)
+    widest = 2 * shape.hidden_size + max(shape.attention_width, 3 * shape.mlp_width)
     need = {
         "weights": resident,
         "kv_cache": kv_bytes(
-            config, batch=batch, context=context, dtype_bytes=dtype_bytes, kv_8bit=kv_8bit
+            shape, batch=batch, context=context, dtype_bytes=dtype_bytes, kv_8bit=kv_8bit
         ),
         "activations": max(step_tokens, batch) * widest * dtype_bytes,
-        "logits": batch * config.vocab_size * (dtype_bytes + 4),
+        "logits": batch * shape.vocab_size * (dtype_bytes + 4),
         "reserve": reserve,
     }
     return MemoryNeed(**need, total=sum(need.values()))
 
 
 def static_profile(
-    config: ModelConfig,
+    shape: ModelShape,
     *,
     dtype: str,
     batch: int,
@@ -240,21 +242,22 @@ def static_profile(
     step_tokens: int = 512,
     reserve: int = 0,
     headers: Mapping[str, TensorHeader] | None = None,
+    bits: float | None = None,
     kv_8bit: bool = False,
 ) -> StaticProfile:
     """Everything that the config tells of prefill(batch, prompt_tokens) and of decode at `context`.
 
     The decode step attends to `context` positions, its own included. `kv_8bit`: keys and values
-    are cached in 8 bits.
+    are cached in 8 bits. `bits`: of a weight in the layers, where there are no `headers`.
     """
     width = dtype_size(dtype)
-    weights = weight_bytes(config, width, headers)
-    resident = total(config, weights)
-    counts = parameters(config)
+    weights = weight_bytes(shape, width, headers, bits)
+    resident = total(shape, weights)
+    counts = parameters(shape)
 
     def need(size: int) -> MemoryNeed:
         return memory_need(
-            config,
+            shape,
             resident,
             batch=size,
             context=context,
@@ -266,24 +269,38 @@ def static_profile(
 
     def cost(past: int, new: int) -> PhaseCost:
         return phase_cost(
-            config, weights, batch=batch, past=past, new=new, dtype_bytes=width, kv_8bit=kv_8bit
+            shape, weights, batch=batch, past=past, new=new, dtype_bytes=width, kv_8bit=kv_8bit
         )
 
     memory = need(batch)
+    idle = matrix_sizes(shape).get("experts", 0) - active_sizes(shape).get("experts", 0)
     return StaticProfile(
         dtype=dtype,
-        parameters=total(config, counts),
+        parameters=total(shape, counts),
         parameters_without_embedding=sum(counts.values()) - counts["embedding"],
+        active_parameters=total(shape, counts) - idle,
         weight_bytes=resident,
-        kv_bytes_per_token=kv_bytes_per_token(config, width, kv_8bit=kv_8bit),
+        kv_bytes_per_token=kv_bytes_per_token(shape, width, kv_8bit=kv_8bit),
         batch=batch,
+        prompt_tokens=prompt_tokens,
         context=context,
         kv_bytes=memory.kv_cache,
         memory=memory,
         memory_bytes=memory.total,
         device_memory_bytes=device_memory,
         fits=memory.total <= device_memory,
-        largest_batch=_largest(lambda size: need(size).total <= device_memory),
+        largest_batch=largest(lambda size: need(size).total <= device_memory),
+        longest_context=largest(
+            lambda size: (
+                size <= shape.max_positions
+                and need(batch).total
+                - memory.kv_cache
+                + kv_bytes(
+                    shape, batch=batch, context=size, dtype_bytes=width, kv_8bit=kv_8bit
+                )
+                <= device_memory
+            )
+        ),
         prefill=cost(0, prompt_tokens),
         decode=cost(context - 1, 1),
     )
@@ -294,8 +311,8 @@ def dtype_size(dtype: str) -> int:
     return {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
 
 
-def _largest(fits: Callable[[int], bool]) -> int:
-    """The largest batch that fits, found by doubling and halving; 0 if none does."""
+def largest(fits: Callable[[int], bool]) -> int:
+    """The largest number that fits, found by doubling and halving; 0 if none does."""
     if not fits(1):
         return 0
     high = 2

@@ -12,7 +12,9 @@ _SHOWN = 300
 _TICKS = 6
 
 
-def curves(title: str, y_label: str, lines: Mapping[str, Sequence[Point]]) -> Figure | None:
+def curves(
+    title: str, y_label: str, lines: Mapping[str, Sequence[Point]], x_label: str = "step"
+) -> Figure | None:
     """Each line's points (step, value) as marks of its colour; None where there are none."""
     points = [point for line in lines.values() for point in line]
     if not points:
@@ -29,7 +31,7 @@ def curves(title: str, y_label: str, lines: Mapping[str, Sequence[Point]]) -> Fi
             up.place(value),
             "dot",
             colour,
-            f"{name}, step {step}: {number(value)}",
+            f"{name}, {x_label} {step}: {number(value)}",
         )
         for colour, (name, line) in enumerate(lines.items())
         for step, value in _thinned(line)
@@ -37,7 +39,7 @@ def curves(title: str, y_label: str, lines: Mapping[str, Sequence[Point]]) -> Fi
     return Figure(
         title=title,
         description=f"{title}: " + "; ".join(_told(name, line) for name, line in lines.items()),
-        x_label="step",
+        x_label=x_label,
         y_label=y_label,
         x_ticks=tuple(
             (across.place(at), f"{at:.0f}") for at in _even(0.0, float(last), integers=True)

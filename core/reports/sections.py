@@ -20,6 +20,8 @@ from infopt.core.reports.page import (
     Section,
     Table,
 )
+from infopt.core.reports.profile import ProfileReport
+from infopt.core.reports.profile_sections import profile_sections
 from infopt.core.reports.provenance import origin
 from infopt.core.reports.prune import PruneReport
 from infopt.core.reports.quantize import (
@@ -73,6 +75,8 @@ def sections(report: Report) -> tuple[Section, ...]:
             return medusa_sections(report)
         case KvHeadsReport():
             return kv_heads_sections(report)
+        case ProfileReport():
+            return profile_sections(report)
         case SensitivityReport():
             return _sensitivity(report)
         case EvaluateReport():

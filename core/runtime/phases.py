@@ -1,9 +1,12 @@
 """The phases of inference, one at a time, for profiling."""
 
+from collections.abc import Callable
+
 import torch
 
 from infopt.core.artifact.read import Artifact
 from infopt.core.hardware.choose import choose_device, choose_dtype
+from infopt.core.models.decoder import Decoder
 from infopt.core.models.load import load_decoder
 from infopt.core.recipe.serve import EngineSettings
 from infopt.core.runtime.batch import Span, step_inputs
@@ -23,7 +26,7 @@ class PhaseRunner:
         self.dtype = choose_dtype(settings.dtype, name)
         self._device = torch.device(name)
         self._block_size = settings.block_size
-        self._decoder = load_decoder(
+        self._loaded = self._decoder = load_decoder(
             artifact,
             getattr(torch, self.dtype),
             self._device,
@@ -56,6 +59,11 @@ class PhaseRunner:
         """One token for each request, attending to the whole context, which stays as it is."""
         assert self._decoding and self._runner, "prepare_decode comes first"
         self._run(self._runner, self._decoding)
+
+    def instrument(self, wrap: Callable[[Decoder], Decoder] | None) -> None:
+        """Run what `wrap` makes of the decoder from here on; None: the decoder itself."""
+        self._decoder = self._loaded if wrap is None else wrap(self._loaded)
+        self._runner = None
 
     def _run(self, runner: ModelRunner, spans: list[Span]) -> None:
         decoder = runner.decoder

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from infopt.core.artifact.headers import TensorHeader
 from infopt.core.artifact.read import Artifact
-from infopt.core.errors import UnsupportedError
 from infopt.core.models.config import ModelConfig
+from infopt.core.profiling.shape import ModelShape, shape_of
 from infopt.core.profiling.static import (
     attended,
     kv_bytes,
@@ -42,16 +42,16 @@ def counted(model: PreTrainedModel, **inputs: Any) -> int:
     return counter.get_total_flops()
 
 
-def attention_excess(config: ModelConfig, past: int, new: int, batch: int) -> float:
+def attention_excess(shape: ModelShape, past: int, new: int, batch: int) -> float:
     """Eager attention multiplies all keys by all queries; what is masked away is not work."""
-    pairs = config.layers * new * (past + new)
-    useful = attended(config, past + new) - attended(config, past)
-    return 4.0 * config.heads * config.head_dim * (pairs - useful) * batch
+    pairs = len(shape.layers) * new * (past + new)
+    useful = attended(shape, past + new) - attended(shape, past)
+    return shape.layers[0].pair_flops * (pairs - useful) * batch
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 64), (3, 33)])
 def test_prefill_flops_are_those_of_torch(hf_config, batch: int, tokens: int) -> None:
-    config, model = ModelConfig.from_hf(hf_config), build(hf_config)
+    config, model = shape_of(hf_config), build(hf_config)
     ids = torch.zeros(batch, tokens, dtype=torch.int64)
     found = counted(model, input_ids=ids, logits_to_keep=1, use_cache=False)
     cost = phase_cost(
@@ -64,7 +64,7 @@ def test_prefill_flops_are_those_of_torch(hf_config, batch: int, tokens: int) ->
 
 @pytest.mark.parametrize(("batch", "context"), [(1, 64), (3, 16)])
 def test_decode_flops_are_those_of_torch(hf_config, batch: int, context: int) -> None:
-    config, model = ModelConfig.from_hf(hf_config), build(hf_config)
+    config, model = shape_of(hf_config), build(hf_config)
     cache = DynamicCache()  # full length: the sliding window is corrected for
     ids = torch.zeros(batch, context, dtype=torch.int64)
     with torch.inference_mode():
@@ -78,7 +78,7 @@ def test_decode_flops_are_those_of_torch(hf_config, batch: int, context: int) ->
 
 
 def test_parameters_and_bytes_are_the_tensors(hf_config) -> None:
-    config, model = ModelConfig.from_hf(hf_config), build(hf_config)
+    config, model = shape_of(hf_config), build(hf_config)
     counts = parameters(config)
     assert total(config, counts) == sum(p.numel() for p in model.parameters())
     assert total(config, weight_bytes(config, 4)) == sum(p.nbytes for p in model.parameters())
@@ -93,7 +93,7 @@ def test_parameters_and_bytes_are_the_tensors(hf_config) -> None:
 
 
 def test_the_cache_is_what_transformers_holds(hf_config) -> None:
-    config, model = ModelConfig.from_hf(hf_config), build(hf_config)
+    config, model = shape_of(hf_config), build(hf_config)
     cache = DynamicCache()
     with torch.inference_mode():
         model(
@@ -104,14 +104,15 @@ def test_the_cache_is_what_transformers_holds(hf_config) -> None:
 
 
 def test_a_sliding_window_bounds_the_cache() -> None:
-    config = ModelConfig.from_hf(MISTRAL)
-    assert config.sliding_window == 4096
-    full = replace(config, windows=(None,) * config.layers)
+    config = shape_of(MISTRAL)
+    assert {layer.window for layer in config.layers} == {4096}
+    unbound = tuple(replace(layer, window=None) for layer in config.layers)
+    full = replace(config, layers=unbound)
     long = kv_bytes(config, batch=1, context=9000, dtype_bytes=2)
     assert long == kv_bytes(full, batch=1, context=4096, dtype_bytes=2)
     assert attended(config, 5000) == 32 * sum(min(i, 4096) for i in range(1, 5001))
     assert attended(full, 5000) == 32 * 5000 * 5001 // 2
-    mixed = replace(config, windows=(4096, None) * 16)
+    mixed = replace(config, layers=(*config.layers[:16], *unbound[16:]))
     assert 2 * attended(mixed, 5000) == attended(config, 5000) + attended(full, 5000)
     both = long + kv_bytes(full, batch=1, context=9000, dtype_bytes=2)
     assert 2 * kv_bytes(mixed, batch=1, context=9000, dtype_bytes=2) == both
@@ -124,12 +125,13 @@ def test_a_sliding_window_bounds_the_cache() -> None:
 
 @pytest.mark.parametrize("head_dim", [16, 10])
 def test_an_8_bit_cache_is_counted_as_the_runtime_holds_it(head_dim: int) -> None:
-    config = ModelConfig.from_hf({**MISTRAL, "head_dim": head_dim})
+    hf_config = {**MISTRAL, "head_dim": head_dim}
+    config, model = shape_of(hf_config), ModelConfig.from_hf(hf_config)
     for kept in (torch.int8, torch.float8_e4m3fn):
-        held = block_bytes(config, 1, kept)
+        held = block_bytes(model, 1, kept)
         assert kv_bytes_per_token(config, 2, kv_8bit=True) == held
-        cache = new_cache(3, 5, config.kv_heads, head_dim, kept, torch.device("cpu"))
-        assert cache.nbytes * config.layers == 15 * held
+        cache = new_cache(3, 5, model.kv_heads, head_dim, kept, torch.device("cpu"))
+        assert cache.nbytes * model.layers == 15 * held
     profiles = [
         static_profile(
             config,
@@ -147,14 +149,6 @@ def test_an_8_bit_cache_is_counted_as_the_runtime_holds_it(head_dim: int) -> Non
     assert profiles[1].decode.bytes - profiles[0].decode.bytes == 2 * 51 * saved
 
 
-def test_experts_are_refused() -> None:
-    config = ModelConfig.from_hf(
-        {**MISTRAL, "architectures": ["MixtralForCausalLM"], "num_local_experts": 8}
-    )
-    with pytest.raises(UnsupportedError, match="does not know experts"):
-        parameters(config)
-
-
 MISTRAL = {
     "architectures": ["MistralForCausalLM"],
     "vocab_size": 32000,
@@ -170,7 +164,7 @@ MISTRAL = {
 
 def test_the_guides_cache(llama_2_7b) -> None:
     """Llama-2-7B, 4096 tokens, fp16: 2.15 GB; a batch of 32: 68.7 GB."""
-    config = ModelConfig.from_hf(llama_2_7b)
+    config = shape_of(llama_2_7b)
     one = kv_bytes(config, batch=1, context=4096, dtype_bytes=2)
     assert f"{one / 1e9:.2f}" == "2.15"
     assert f"{kv_bytes(config, batch=32, context=4096, dtype_bytes=2) / 1e9:.1f}" == "68.7"
@@ -180,7 +174,7 @@ def test_the_guides_cache(llama_2_7b) -> None:
 
 def test_prefill_of_an_8b_model_is_the_right_figure() -> None:
     """Llama-3.1-8B, 8192 tokens: 131.9 TFLOP, not the 166.7 of all parameters without causality."""
-    config = ModelConfig.from_hf(
+    config = shape_of(
         {**MISTRAL, "architectures": ["LlamaForCausalLM"], "vocab_size": 128256}
         | {"max_position_embeddings": 131072, "sliding_window": None}
     )
@@ -190,7 +184,7 @@ def test_prefill_of_an_8b_model_is_the_right_figure() -> None:
 
 
 def test_bytes_of_a_decode_step(llama_2_7b) -> None:
-    config = ModelConfig.from_hf(llama_2_7b)
+    config = shape_of(llama_2_7b)
     weights = weight_bytes(config, 2)
     cost = phase_cost(config, weights, batch=4, past=99, new=1, dtype_bytes=2)
     table, row, token = weights["embedding"], 2 * 4096, 524288
@@ -203,18 +197,18 @@ def test_bytes_of_a_decode_step(llama_2_7b) -> None:
 
 
 def test_a_tied_table_is_read_once_as_lm_head(hf_config) -> None:
-    config = ModelConfig.from_hf(hf_config)
+    config = shape_of(hf_config)
     weights = weight_bytes(config, 2)
     cost = phase_cost(config, weights, batch=1, past=9, new=1, dtype_bytes=2)
     by_name = {operator.name: operator for operator in cost.operators}
     assert by_name["lm_head"].weight_bytes == 500 * config.embedding_size * 2
     assert by_name["embedding"].weight_bytes == config.embedding_size * 2
-    if config.rope is None:
+    if config.position_rows:
         assert by_name["positions"].weight_bytes == 64 * 2
 
 
 def test_a_tied_table_may_be_stored_under_either_name() -> None:
-    config = replace(ModelConfig.from_hf(MISTRAL), tied_embeddings=True)
+    config = replace(shape_of(MISTRAL), tied_embeddings=True)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         table = TensorHeader(None, "bfloat16", (32000, 4096), 32000 * 4096 * 2)  # type: ignore[arg-type]
         found = weight_bytes(config, 2, {name: table})
@@ -222,7 +216,7 @@ def test_a_tied_table_may_be_stored_under_either_name() -> None:
 
 
 def test_quantized_layers_count_as_they_are_stored() -> None:
-    config = ModelConfig.from_hf({**MISTRAL, "num_hidden_layers": 1})
+    config = shape_of({**MISTRAL, "num_hidden_layers": 1})
     wide = "model.layers.0.self_attn.q_proj"
     headers = {
         f"{wide}.qweight": TensorHeader(None, "int32", (512, 4096), 512 * 4096 * 4),  # type: ignore[arg-type]
@@ -247,7 +241,7 @@ def test_operators_by_tensor_name() -> None:
 
 
 def test_the_largest_batch_is_the_largest(llama_2_7b) -> None:
-    config = ModelConfig.from_hf(llama_2_7b)
+    config = shape_of(llama_2_7b)
     memory = 80 * 10**9
 
     def at(batch: int) -> Any:
@@ -272,7 +266,7 @@ def test_the_largest_batch_is_the_largest(llama_2_7b) -> None:
 
 def test_the_default_model(default_artifact: Artifact) -> None:
     """Parameters, bytes and FLOPs of the real model against its files and torch's counting."""
-    config = ModelConfig.from_hf(default_artifact.config)
+    config = shape_of(default_artifact.config)
     profile = static_profile(
         config,
         dtype="bfloat16",

@@ -1,0 +1,56 @@
+"""What `profile` would do, the memory and, on a calibrated device, the time that it would take."""
+
+from infopt.core.artifact.read import Artifact
+from infopt.core.hardware.calibration import load_calibration
+from infopt.core.hardware.probe import probe
+from infopt.core.profiling.measure import DECODE_WARMUP, PREFILL_WARMUP
+from infopt.core.profiling.shape import shape_of
+from infopt.core.profiling.subject import RESERVE, expected_threads, static_of, target_of
+from infopt.core.recipe.profile import ProfileSettings
+from infopt.core.reports.schema import Plan
+
+# The share of a peak that the runtime reaches, for the time that a plan tells: assumed.
+_UTILIZATION = 0.4
+_CALIBRATION_SECONDS = 120.0
+
+
+def plan_profile(artifact: Artifact, settings: ProfileSettings) -> Plan:
+    """Raises what `profile` would raise of settings and model."""
+    machine = probe()
+    target = target_of(settings, machine)
+    static = static_of(artifact, shape_of(artifact.config), settings, target)
+    actions = ["count parameters, FLOPs, bytes and memory from the config and the weights' headers"]
+    seconds: float | None = 0.0
+    speed = target.speed
+    if settings.calibrate:
+        actions.insert(0, f"measure the peaks and the kernels of {target.name} in {target.dtype}")
+        seconds = _CALIBRATION_SECONDS
+    with_prefill, with_decode = settings.phases
+    if with_prefill:
+        runs = PREFILL_WARMUP + settings.repeats
+        actions.append(f"run {runs} prefills of {settings.batch} x {settings.prompt_tokens} tokens")
+        seconds = _add(seconds, runs * static.prefill.flops, speed and speed.flops_per_s)
+    if with_decode:
+        runs = DECODE_WARMUP + settings.output_tokens
+        actions.append(f"run {runs} decode steps of {settings.batch} x 1 token")
+        seconds = _add(seconds, runs * static.decode.bytes, speed and speed.bytes_per_s)
+    if with_prefill or with_decode:
+        threads = expected_threads(machine) if target.kind == "cpu" else 1
+        record, _ = load_calibration(target.name, target.dtype, threads)
+        stored = f"of {record.measured_at}" if record else "measured now and stored"
+        actions.append(f"compare with the peaks of {target.name} in {target.dtype}, {stored}")
+    if settings.trace is not None:
+        actions.append(f"write a trace to {settings.trace}")
+    return Plan(
+        command="profile",
+        actions=tuple(actions),
+        memory_bytes=static.memory_bytes if settings.measures else RESERVE["cpu"],
+        seconds=seconds,
+    )
+
+
+def _add(seconds: float | None, work: float, rate: float | None) -> float | None:
+    """None where nothing is known to tell the time from."""
+    if seconds is None or not rate:
+        return None
+    return seconds + work / rate / _UTILIZATION
