@@ -31,7 +31,10 @@ def _kv_rows(cache: KvCache, static: StaticProfile) -> list[Row]:
     return [
         ("KV cache", f"{size(cache.bytes)} at batch {cache.batch}, context {cache.context}"),
         ("per token", f"{size(cache.bytes_per_token)} in {cache.dtype}: {cache.kind}"),
-        ("weights", f"{size(static.weight_bytes)}; the cache is {cache.share_of_weights:.2f} of it"),
+        (
+            "weights",
+            f"{size(static.weight_bytes)}; the cache is {cache.share_of_weights:.2f} of it",
+        ),
         ("memory", f"{size(static.memory_bytes)} of {size(static.device_memory_bytes)}: {fit}"),
     ]
 

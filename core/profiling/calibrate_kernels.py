@@ -8,7 +8,6 @@ import torch
 
 from infopt.core.hardware.kernel_times import (
     KernelTimes,
-
     StepTime,
     store_kernel_times,
 )
@@ -84,5 +83,3 @@ def _cache(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     return last_level_cache() or ASSUMED
-
-

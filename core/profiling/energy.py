@@ -43,9 +43,7 @@ def energy_counter(device: str, *, powercap: Path = _POWERCAP) -> EnergyCounter:
 
 
 def _rapl(root: Path) -> EnergyCounter:
-    packages = [
-        folder for folder in sorted(root.glob("*-rapl:*")) if folder.name.count(":") == 1
-    ]
+    packages = [folder for folder in sorted(root.glob("*-rapl:*")) if folder.name.count(":") == 1]
     try:
         files = [folder / "energy_uj" for folder in packages]
         ranges = [int((folder / "max_energy_range_uj").read_text()) for folder in packages]
@@ -82,6 +80,4 @@ def _nvml() -> EnergyCounter:
         raise UnsupportedError(
             f"this GPU counts no energy: {error}", "leave out --energy"
         ) from None
-    return EnergyCounter(
-        "NVML", lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
-    )
+    return EnergyCounter("NVML", lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)

@@ -121,7 +121,13 @@ def build(form: str, n: int, k: int, device: torch.device, dtype: torch.dtype) -
         codes = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
         scales = torch.full((n,), 0.01, device=device)
         return Int8Linear(codes, scales, ActivationFormat("int"))
-    packed = pack(_stored(4 if form == "W4A16" else 8, n, k), None, dtype=dtype, device=device, scratch=Scratch())
+    packed = pack(
+        _stored(4 if form == "W4A16" else 8, n, k),
+        None,
+        dtype=dtype,
+        device=device,
+        scratch=Scratch(),
+    )
     assert packed is not None, form
     return packed
 
@@ -148,7 +154,11 @@ class _Sizes:
     head_dim: int
 
 
-_SIZES = (_Sizes(512, 1408, 8, 2, 64), _Sizes(1024, 2816, 16, 16, 64), _Sizes(2048, 5632, 16, 4, 128))
+_SIZES = (
+    _Sizes(512, 1408, 8, 2, 64),
+    _Sizes(1024, 2816, 16, 16, 64),
+    _Sizes(2048, 5632, 16, 4, 128),
+)
 # Sequences, new tokens of each, context.
 _DECODES = tuple((b, 1, s) for b in (1, 4, 16) for s in (32, 256, 1024))
 _PREFILLS = ((1, 32, 32), (1, 128, 128), (1, 512, 512), (1, 1024, 1024), (4, 128, 128))
@@ -226,7 +236,9 @@ def _free_layer(
         head_dim=sizes.head_dim,
         scale=sizes.head_dim**-0.5,
     )
-    return DecoderLayer(norm, attention, norm, GatedMLP(given(2 * sizes.inner), given(sizes.hidden)))
+    return DecoderLayer(
+        norm, attention, norm, GatedMLP(given(2 * sizes.inner), given(sizes.hidden))
+    )
 
 
 def _run_layers(

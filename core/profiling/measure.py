@@ -179,9 +179,7 @@ def _run(
         cost=cost,
         bytes=cost.bytes - read_weights(cost) + runner.weight_bytes,
         times=times,
-        operators={
-            name: statistics.median(split[name] for split in splits) for name in splits[0]
-        },
+        operators={name: statistics.median(split[name] for split in splits) for name in splits[0]},
         operator_bytes=clock.bytes,
         layers=tuple(statistics.median(each) for each in zip(*layers, strict=True)),
         joules=joules,

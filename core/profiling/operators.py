@@ -44,9 +44,9 @@ class _Timed:
     def __init__(self, part: Any, clock: Clock, operator: str, layer: int | None = None) -> None:
         self._part, self._clock, self._operator, self._layer = part, clock, operator, layer
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, x: Any, *further: Any) -> Any:
         started = perf_counter()
-        result = self._part(*arguments)
+        result = self._part(x, *further)
         if result.device.type == "cuda":
             torch.cuda.synchronize(result.device)
         took = perf_counter() - started
@@ -54,6 +54,10 @@ class _Timed:
         if self._layer is not None:
             self._clock.layers[self._layer] += took
         return result
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._part.nbytes)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._part, name)

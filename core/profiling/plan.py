@@ -29,11 +29,11 @@ def plan_profile(artifact: Artifact, settings: ProfileSettings) -> Plan:
     if with_prefill:
         runs = PREFILL_WARMUP + settings.repeats
         actions.append(f"run {runs} prefills of {settings.batch} x {settings.prompt_tokens} tokens")
-        seconds = _add(seconds, runs * static.prefill.flops, speed and speed.flops_per_s)
+        seconds = _add(seconds, runs * static.prefill.flops, speed.flops_per_s if speed else None)
     if with_decode:
         runs = DECODE_WARMUP + settings.output_tokens
         actions.append(f"run {runs} decode steps of {settings.batch} x 1 token")
-        seconds = _add(seconds, runs * static.decode.bytes, speed and speed.bytes_per_s)
+        seconds = _add(seconds, runs * static.decode.bytes, speed.bytes_per_s if speed else None)
     if with_prefill or with_decode:
         threads = expected_threads(machine) if target.kind == "cpu" else 1
         record, _ = load_calibration(target.name, target.dtype, threads)

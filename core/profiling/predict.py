@@ -48,7 +48,9 @@ def predict(
     missing: tuple[str, ...] = ()
     if kernels is not None:
         found = _ByKernels(shape, kernels, formats or {}, speed)
-        prefill = found.phase(static.prefill, static.batch, static.prompt_tokens, static.prompt_tokens)
+        prefill = found.phase(
+            static.prefill, static.batch, static.prompt_tokens, static.prompt_tokens
+        )
         decode = found.phase(static.decode, static.batch, 1, static.context)
         missing = tuple(sorted(found.missing))
     kappa = static.kv_bytes_per_token
@@ -123,9 +125,7 @@ class _ByKernels:
                 ("down", hidden, layer.down // hidden),
             )
             found += sum(self._product(name, tokens, n, k) for name, n, k in products if n and k)
-        found += self._product(
-            "lm_head", batch, self.shape.vocab_size, self.shape.embedding_size
-        )
+        found += self._product("lm_head", batch, self.shape.vocab_size, self.shape.embedding_size)
         found += layers_seconds(self.kernels, self.shape, batch, new, context)
         return found + step_seconds(self.kernels, batch, self.shape.vocab_size)
 
@@ -219,5 +219,5 @@ def nonnegative_fit(
             found = found + step * (trial - found)
             active &= found > 1e-15
             found[~active] = 0.0
-    return found / scale
-
+    weights: NDArray[np.float64] = found / scale
+    return weights

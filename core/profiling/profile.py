@@ -228,9 +228,7 @@ def _static_warnings(static: StaticProfile, shape: ModelShape) -> tuple[str, ...
         )
     if static.predicted is not None and static.predicted.missing:
         kinds = ", ".join(static.predicted.missing)
-        found.append(
-            f"no kernel of {kinds} was measured here: their times follow the roofline"
-        )
+        found.append(f"no kernel of {kinds} was measured here: their times follow the roofline")
     return tuple(found)
 
 

@@ -295,9 +295,7 @@ def static_profile(
                 size <= shape.max_positions
                 and need(batch).total
                 - memory.kv_cache
-                + kv_bytes(
-                    shape, batch=batch, context=size, dtype_bytes=width, kv_8bit=kv_8bit
-                )
+                + kv_bytes(shape, batch=batch, context=size, dtype_bytes=width, kv_8bit=kv_8bit)
                 <= device_memory
             )
         ),

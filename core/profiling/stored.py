@@ -22,7 +22,9 @@ def stored_bits(quantization: Mapping[str, Any] | None) -> float | None:
         block = quantization.get("weight_block_size")
         return 8 + (32 / (block[0] * block[1]) if block else _scales(None, 32))
     if method == "bitsandbytes":
-        return 8 + _scales(None, 32) if quantization.get("load_in_8bit") else 4 + 8 / 64 + 32 / 16384
+        return (
+            8 + _scales(None, 32) if quantization.get("load_in_8bit") else 4 + 8 / 64 + 32 / 16384
+        )
     return None
 
 

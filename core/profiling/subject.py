@@ -53,9 +53,7 @@ def target_of(settings: ProfileSettings, machine: Machine) -> Target:
         name=name,
         kind=kind,
         dtype=dtype,
-        memory_bytes=machine.gpus[0].memory_bytes
-        if kind == "cuda"
-        else machine.memory_total_bytes,
+        memory_bytes=machine.gpus[0].memory_bytes if kind == "cuda" else machine.memory_total_bytes,
         speed=Speed(record.flops_per_s, record.bytes_per_s) if record else None,
         kernels=load_kernel_times(name, dtype, threads) if record else None,
         origin="calibrated",

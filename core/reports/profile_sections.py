@@ -35,7 +35,11 @@ def _fit(report: ProfileReport) -> Block:
         Fact("parameters", f"{static.parameters:,}", origin(report, "static.parameters")),
         Fact("for a token", f"{static.active_parameters:,}", origin(report, "static.parameters")),
         *(
-            Fact(part.replace("_", " "), size(getattr(need, part)), origin(report, f"static.memory.{part}"))
+            Fact(
+                part.replace("_", " "),
+                size(getattr(need, part)),
+                origin(report, f"static.memory.{part}"),
+            )
             for part in parts
         ),
         Fact("together", size(need.total), origin(report, "static.memory_bytes")),
@@ -67,8 +71,16 @@ def _predicted(report: ProfileReport) -> Block:
     batch = "none" if found.critical_batch is None else f"{found.critical_batch:.0f}"
     return Facts(
         (
-            Fact("TTFT", f"{seconds(found.ttft_s)}, bound by {found.prefill_bound}", origin(report, key)),
-            Fact("TPOT", f"{seconds(found.tpot_s)}, bound by {found.decode_bound}", origin(report, key)),
+            Fact(
+                "TTFT",
+                f"{seconds(found.ttft_s)}, bound by {found.prefill_bound}",
+                origin(report, key),
+            ),
+            Fact(
+                "TPOT",
+                f"{seconds(found.tpot_s)}, bound by {found.decode_bound}",
+                origin(report, key),
+            ),
             Fact("output tokens/s", f"{found.output_tokens_per_s:.1f}", origin(report, key)),
             Fact("critical batch", batch, origin(report, f"{key}.critical_batch")),
             Fact(
@@ -83,11 +95,19 @@ def _predicted(report: ProfileReport) -> Block:
 def _measured(report: ProfileReport, name: str, phase: MeasuredPhase) -> Iterator[Block]:
     key = name.lower()
     facts = [
-        Fact("time", f"{seconds(phase.seconds)} (best {seconds(phase.seconds_min)})", origin(report, key)),
+        Fact(
+            "time",
+            f"{seconds(phase.seconds)} (best {seconds(phase.seconds_min)})",
+            origin(report, key),
+        ),
         Fact("tokens/s", f"{phase.tokens_per_s:.1f}", origin(report, key)),
         Fact("MFU", f"{phase.mfu:.1%}", origin(report, key)),
         Fact("MBU", f"{phase.mbu:.1%}", origin(report, key)),
-        Fact("bound of the roofline", seconds(phase.roofline_seconds), origin(report, f"{key}.roofline_seconds")),
+        Fact(
+            "bound of the roofline",
+            seconds(phase.roofline_seconds),
+            origin(report, f"{key}.roofline_seconds"),
+        ),
     ]
     if phase.predicted_seconds is not None:
         off = phase.seconds / phase.predicted_seconds - 1

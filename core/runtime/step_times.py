@@ -24,7 +24,10 @@ def engine_step_seconds(batch: int, vocab_size: int, settings: EngineSettings) -
     """Median seconds of a greedy decode step of `batch` requests on a one-layer random model."""
     with tempfile.TemporaryDirectory() as folder:
         artifact = write_directory(
-            Path(folder) / "tiny", tensors=_tensors(vocab_size), config=tiny_config(vocab_size), files={}
+            Path(folder) / "tiny",
+            tensors=_tensors(vocab_size),
+            config=tiny_config(vocab_size),
+            files={},
         )
         engine = Engine.load(artifact, settings)
         params = SamplingParams(max_tokens=_STEPS + 8, temperature=0.0, ignore_eos=True)

@@ -31,7 +31,7 @@ from infopt.kernels.attention.cache import new_cache
 def build(hf_config: dict[str, Any]) -> PreTrainedModel:
     """The transformers model with eager attention, whose products the counter sees."""
     kind = getattr(transformers, hf_config["architectures"][0]).config_class
-    config = kind(**hf_config, attn_implementation="eager")
+    config = kind(**hf_config, attn_implementation="eager", experts_implementation="eager")
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
@@ -46,7 +46,20 @@ def attention_excess(shape: ModelShape, past: int, new: int, batch: int) -> floa
     """Eager attention multiplies all keys by all queries; what is masked away is not work."""
     pairs = len(shape.layers) * new * (past + new)
     useful = attended(shape, past + new) - attended(shape, past)
-    return shape.layers[0].pair_flops * (pairs - useful) * batch
+    return shape.layers[0].pair_flops * (pairs - useful) * batch + expansion(
+        shape, past, new, batch
+    )
+
+
+def expansion(shape: ModelShape, past: int, new: int, batch: int) -> float:
+    """transformers expands cached latents at every step, where queries taken to them cost less."""
+    return batch * sum(
+        (layer.pairs(past + new) - layer.pairs(past)) * layer.pair_flops
+        + 2 * layer.kv_up * past
+        - layer.attention_flops(past, new)
+        for layer in shape.layers
+        if layer.latent_pair_flops
+    )
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 64), (3, 33)])
