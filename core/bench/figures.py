@@ -163,8 +163,7 @@ def doubts(records: Sequence[RequestRecord]) -> Iterator[str]:
         )
     if guessed := sum(record.guessed for record in done):
         yield (
-            f"{guessed} answers had chunks of several tokens: "
-            "TPOT takes their first chunk for one"
+            f"{guessed} answers had chunks of several tokens: TPOT takes their first chunk for one"
         )
     if unknown := sum(record.prompt_tokens is None for record in done):
         yield f"{unknown} answers did not tell the prompt's tokens: the number asked for is used"

@@ -120,7 +120,7 @@ def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
     assert api_key(None) == "sk-1"
     monkeypatch.setenv("OTHER", "sk-2")
     assert api_key("OTHER") == "sk-2"
-    monkeypatch.setenv("OTHER", "sk\x00é")
+    monkeypatch.setenv("OTHER", "sk\x7fé")
     with pytest.raises(UsageError, match="OTHER holds no API key") as caught:
         api_key("OTHER")
     assert "é" not in str(caught.value)
