@@ -95,7 +95,8 @@ class Chain:
             if (value := getattr(self.common, key)) is not None
             and key in type(step.settings).model_fields
         }
-        if step.verb == "bench" and getattr(step.settings, "url", None) is None and self.server:
+        elsewhere = getattr(step.settings, "url", None) or getattr(step.settings, "engine", None)
+        if step.verb == "bench" and elsewhere is None and self.server:
             changed["url"] = self.server.url
         return Work(
             verb=step.verb,

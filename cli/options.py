@@ -20,6 +20,7 @@ class EngineWord(StrEnum):
     infopt = "infopt"
     vllm = "vllm"
     sglang = "sglang"
+    llama_cpp = "llama.cpp"
     transformers = "transformers"
 
 

@@ -231,6 +231,12 @@ def _serve(model: str | None, given: dict[str, Any], common: opt.Common) -> None
         open_model = opener(screen, common)
         word = model if model is not None else (step.model if step else None)
         work = Work("serve", word, settings, None, False, False, screen, open_model)
+        if settings.engine == "llama.cpp":
+            from infopt.cli.serving import gguf_file
+            from infopt.core.server.foreign_life import serve_file
+
+            serve_file(gguf_file(word), settings, screen.progress)
+            return
         if settings.engine != "infopt":
             from infopt.core.server.foreign_life import serve_foreign
 
@@ -247,6 +253,10 @@ def _serve(model: str | None, given: dict[str, Any], common: opt.Common) -> None
 
 
 def _ask(work: "Work") -> "Report":
+    from infopt.core.errors import UsageError
+
+    if work.settings.engine == "llama.cpp":
+        raise UsageError("--ask is not for --engine llama.cpp", "leave out --ask, or use --url")
     from tempfile import TemporaryDirectory
 
     from infopt.cli.serving import Server, ask_all
@@ -261,4 +271,18 @@ def _ask(work: "Work") -> "Report":
 def plan(work: "Work") -> "Plan":
     from infopt.core.server.plan import plan_serve
 
+    if work.settings.engine == "llama.cpp":
+        return _plan_of_a_file(work)
     return plan_serve(work.artifact, work.settings)
+
+
+def _plan_of_a_file(work: "Work") -> "Plan":
+    """llama.cpp reads its own file; infopt does not open it."""
+    from infopt.cli.serving import gguf_file
+    from infopt.core.reports.schema import Plan
+    from infopt.core.server.foreign import foreign_command
+
+    word = work.model if work.model is None or isinstance(work.model, str) else work.model.path
+    file = gguf_file(word)
+    command = " ".join(foreign_command("llama.cpp", str(file), work.settings))
+    return Plan(command="serve", actions=(f"run {command}",), memory_bytes=file.stat().st_size)

@@ -7,9 +7,9 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
-from infopt.core.errors import EngineError
+from infopt.core.errors import EngineError, UsageError
 from infopt.core.recipe.serve import KEYS_VARIABLE, ServeSettings
 from infopt.core.reports.serve import Answer, ServeReport
 
@@ -17,20 +17,53 @@ if TYPE_CHECKING:
     from infopt.core.artifact.read import Artifact
 
 READY = "listening on "
+STARTING = "starting  "
 _ERROR = "infopt: error: "
 _START_LIMIT_S = 600.0
 _STOP_LIMIT_S = 30.0
 
 
+class Model(Protocol):
+    """What there is to serve: an artifact, or a file that another engine reads itself."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def trust_remote_code(self) -> bool: ...
+
+
+class GgufFile:
+    """A file for llama.cpp."""
+
+    trust_remote_code = False
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+
+def gguf_file(word: "str | Path | None") -> Path:
+    """The file that llama.cpp is to serve; raises UsageError for anything else."""
+    path = Path(word) if word is not None else None
+    if path is None or path.suffix.lower() != ".gguf" or not path.is_file():
+        raise UsageError(
+            f"llama.cpp serves .gguf files, {word or 'the default model'} is none",
+            "name a .gguf file as MODEL",
+        )
+    return path
+
+
 class Server:
     """`infopt serve` beside this process; as a context, it is stopped on leaving."""
 
-    def __init__(self, artifact: "Artifact", settings: ServeSettings, log: Path) -> None:
-        self._command = _command(artifact, settings)
+    def __init__(self, artifact: Model, settings: ServeSettings, log: Path) -> None:
+        self.command = _command(artifact, settings)
         self._log_path = log
         self._log: IO[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self.url = ""
+        self.foreign_command: str | None = None
+        """Of another engine, as it was run."""
         self.startup_s = 0.0
 
     def __enter__(self) -> "Server":
@@ -39,7 +72,7 @@ class Server:
         self._log = self._log_path.open("wb")
         # A session of its own: Ctrl-C reaches this command, which then stops the server.
         self._process = subprocess.Popen(
-            self._command,
+            self.command,
             stdin=subprocess.PIPE,  # its closing, by whatever end of ours, ends the server
             stdout=self._log,
             stderr=self._log,
@@ -67,6 +100,8 @@ class Server:
         while time.perf_counter() < deadline:
             lines = self._log_path.read_text(errors="replace").splitlines()
             for line in lines:
+                if line.startswith(STARTING) and self.foreign_command is None:
+                    self.foreign_command = line.removeprefix(STARTING).strip()
                 if READY in line:
                     return line.split(READY, 1)[1].split()[0]
             if self._process.poll() is not None:
@@ -94,7 +129,7 @@ def _without_keys() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != KEYS_VARIABLE}
 
 
-def _command(artifact: "Artifact", settings: ServeSettings) -> list[str]:
+def _command(artifact: Model, settings: ServeSettings) -> list[str]:
     """The command line that says these settings."""
     words = [sys.executable, "-m", "infopt.cli.attended", "serve", str(artifact.path)]
     if artifact.trust_remote_code:

@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from infopt.cli.bench_summary import bench_rows
 from infopt.cli.compressed import distill_rows, kv_heads_rows, medusa_rows, prune_rows
 from infopt.cli.profiled import profile_rows
 from infopt.core.reports.bench import BenchReport
@@ -16,7 +17,7 @@ from infopt.core.reports.profile import ProfileReport
 from infopt.core.reports.prune import PruneReport
 from infopt.core.reports.quantize import Allocation, QuantizeReport, SensitivityReport
 from infopt.core.reports.run import RunReport
-from infopt.core.reports.schema import Percentiles, Plan, Report
+from infopt.core.reports.schema import Plan, Report
 from infopt.core.reports.serve import ServeReport
 from infopt.core.reports.words import seconds, size
 
@@ -48,7 +49,7 @@ def summary(report: Report) -> "RenderableType":
         case ProfileReport():
             return _table(f"profile of {_name(report)}", profile_rows(report))
         case BenchReport():
-            return _table(f"bench of {report.target}", _bench_rows(report))
+            return _table(f"bench of {report.target}", bench_rows(report))
         case ServeReport():
             return _table(f"served at {report.url}", _serve_rows(report))
         case RunReport():
@@ -186,32 +187,6 @@ def _evaluate_rows(report: EvaluateReport) -> list[Row]:
             ),
         ]
     return rows
-
-
-def _bench_rows(report: BenchReport) -> list[Row]:
-    rows = [
-        (
-            "requests",
-            f"{report.completed} completed, {report.failed} failed, "
-            f"{report.concurrency} at once, in {report.duration_s:.1f} s",
-        ),
-        ("TTFT", _spread(report.ttft_s)),
-        ("TPOT", _spread(report.tpot_s)),
-        ("end to end", _spread(report.e2e_s)),
-        (
-            "throughput",
-            f"{report.output_tokens_per_s:.1f} output tokens/s, "
-            f"{report.total_tokens_per_s:.1f} with prompts",
-        ),
-    ]
-    rows += [("failed", f"{count} x {message}") for message, count in report.errors.items()]
-    return rows
-
-
-def _spread(values: Percentiles | None) -> str:
-    if values is None:
-        return "undefined"
-    return f"p50 {seconds(values.p50)}, p95 {seconds(values.p95)}, p99 {seconds(values.p99)}"
 
 
 def _serve_rows(report: ServeReport) -> list[Row]:

@@ -1,36 +1,30 @@
-"""The door: a closed loop of requests, and what its clients saw."""
+"""The door: a load, level by level, and what its clients saw."""
 
 import asyncio
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack, aclosing
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
 from time import perf_counter
 
-from infopt.core.bench.client import Chunk, Client, Request
-from infopt.core.bench.metrics import Failure, Sample, measure, percentiles, steady_rate
-from infopt.core.bench.workload import synthetic
-from infopt.core.errors import EngineError, InfoptError, UsageError
-from infopt.core.progress import Progress, ProgressCallback, silent
+from infopt.core.bench.client import Client, Session
+from infopt.core.bench.figures import doubts, level_report
+from infopt.core.bench.level import Load, Ran, Stop, run_level
+from infopt.core.bench.levels import loads, search, trace_load
+from infopt.core.bench.scrape import Scraper, summed
+from infopt.core.bench.sessions import longest, sessions, traced
+from infopt.core.errors import EngineError, UsageError
+from infopt.core.progress import ProgressCallback, silent
 from infopt.core.recipe.bench import BenchSettings
-from infopt.core.reports.bench import BenchReport
+from infopt.core.reports.bench import BenchReport, Capacity, LevelReport, LoadFigures, ServerMetrics
+from infopt.core.reports.requests import RequestRecord
 from infopt.core.reports.schema import Origin
 
-_MEASURED = (
-    "completed",
-    "failed",
-    "errors",
-    "duration_s",
-    "ttft_s",
-    "tpot_s",
-    "e2e_s",
-    "prompt_tokens",
-    "output_tokens",
-    "output_tokens_per_s",
-    "steady_output_tokens_per_s",
-    "total_tokens_per_s",
-)
 # What was asked for, not found out.
-_SET = ("requests", "concurrency")
+_SET = ("requests", "concurrency", "request_rate", "max_concurrency", "slo", "level")
+_COMPUTED = ("cost_per_million_output_tokens", "valid")
+_WORDS = frozenset({"token_count_source", "notes", "invalid_reasons", "stopped_early"})
+Keep = Callable[[Sequence[RequestRecord]], None]
 
 
 def bench(
@@ -39,17 +33,23 @@ def bench(
     *,
     target: str,
     progress: ProgressCallback = silent,
+    keep: Keep | None = None,
 ) -> BenchReport:
-    """Send `settings.requests` at `settings.concurrency` and report latencies and throughput.
+    """Send the load that `settings` describe and report latencies, throughput and goodput.
 
-    Raises EngineError if the target cannot be reached or no request completed,
-    UsageError if the lengths exceed the model's limit.
+    `keep` is handed the record of every request. Raises EngineError if the target cannot be reached
+    or no request completed, UsageError if the lengths exceed the model's limit, or a file of
+    requests cannot be read.
     """
-    return asyncio.run(_bench(client, settings, target, progress))
+    return asyncio.run(_bench(client, settings, target, progress, keep))
 
 
 async def _bench(
-    client: Client, settings: BenchSettings, target: str, progress: ProgressCallback
+    client: Client,
+    settings: BenchSettings,
+    target: str,
+    progress: ProgressCallback,
+    keep: Keep | None,
 ) -> BenchReport:
     async with AsyncExitStack() as stack:
         try:
@@ -57,155 +57,168 @@ async def _bench(
                 await stack.enter_async_context(client)
         except TimeoutError:
             raise EngineError(f"{target} gave no answer within {settings.timeout:g} s") from None
-        asked = settings.prompt_tokens + settings.output_tokens
-        if client.max_model_len is not None and asked > client.max_model_len:
-            raise UsageError(
-                f"{settings.prompt_tokens} prompt and {settings.output_tokens} output tokens "
-                f"exceed the model's limit of {client.max_model_len}",
-                "lower --prompt-tokens or --output-tokens",
-            )
-        requests = synthetic(
-            settings.warmup + settings.requests,
-            settings.prompt_tokens,
-            settings.output_tokens,
-            seed=settings.seed,
-            vocab_size=client.vocab_size,
+        _check_lengths(client, settings)
+        bencher = _Bencher(client, settings, progress)
+        done, capacity, server = await bencher.run()
+        records = [record for ran in done for record in ran.records]
+        if keep is not None:
+            keep(records)
+        return _report(client, settings, target, done, capacity, server)
+
+
+def _check_lengths(client: Client, settings: BenchSettings) -> None:
+    asked = longest(settings)
+    if asked is not None and client.max_model_len is not None and sum(asked) > client.max_model_len:
+        raise UsageError(
+            f"{asked[0]} prompt and {asked[1]} output tokens "
+            f"exceed the model's limit of {client.max_model_len}",
+            "lower --prompt-tokens or --output-tokens",
         )
-        warmup, load = requests[: settings.warmup], requests[settings.warmup :]
-        await _closed_loop(client, warmup, settings, "warming up", progress)
-        started = perf_counter()
-        samples, failures = await _closed_loop(client, load, settings, "benching", progress)
-        duration = perf_counter() - started
-        return _report(client, settings, target, samples, failures, duration)
 
 
-async def _closed_loop(
-    client: Client,
-    requests: Sequence[Request],
-    settings: BenchSettings,
-    stage: str,
-    progress: ProgressCallback,
-) -> tuple[list[Sample], list[Failure]]:
-    """Workers that each send the next request when their last one ended."""
-    samples: list[Sample] = []
-    failures: list[Failure] = []
-    waiting = iter(requests)
+@dataclass
+class _Bencher:
+    """One run: warm up, then every level, with the server's own figures read beside."""
 
-    async def work(waiting: Iterator[Request]) -> None:
-        for request in waiting:
-            result = await _one(client, request, settings.timeout)
-            if isinstance(result, Sample):
-                samples.append(result)
+    client: Client
+    settings: BenchSettings
+    progress: ProgressCallback
+    origin: float = 0.0
+
+    async def run(self) -> tuple[list[Ran], Capacity | None, ServerMetrics | None]:
+        source = sessions(self.settings, self.client.vocab_size)
+        plan = None if self.settings.trace is None else trace_load(self.settings)
+        await self._warm_up(source)
+        self.origin = perf_counter()
+        scraper = Scraper(self.client.server_metrics, self.origin)
+        beside = await self._scraping(scraper)
+        capacity = None
+        try:
+            if plan is not None:
+                load, rows = plan
+                source = traced(rows, self.settings.seed, self.client.vocab_size)
+                done = [await self._level(load, source)]
+            elif self.settings.find_capacity:
+                done, capacity = await search(
+                    self.settings, lambda load, stop: self._level(load, source, stop)
+                )
             else:
-                failures.append(result)
-            note = f"{len(failures)} failed" if failures else ""
-            progress(Progress(stage, len(samples) + len(failures), len(requests), note))
+                done = [await self._level(load, source) for load in loads(self.settings)]
+        finally:
+            if beside is not None:
+                await scraper.look()
+                beside.cancel()
+                with suppress(asyncio.CancelledError):
+                    await beside
+        return done, capacity, summed(scraper.seen)
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(settings.concurrency, len(requests))):
-                group.create_task(work(waiting))
-    except ExceptionGroup as failed:
-        if (fault := _known(failed)) is None:
-            raise
-        raise fault from fault.__cause__
-    return samples, failures
+    async def _scraping(self, scraper: Scraper) -> asyncio.Task[None] | None:
+        """Read the server's figures beside the load; where it has none, only if nobody insists."""
+        if self.settings.scrape is False:
+            return None
+        if await scraper.look():
+            return asyncio.create_task(scraper.run())
+        if self.settings.scrape:
+            raise EngineError(
+                "the server has no /metrics of infopt's or vLLM's names", "leave out --scrape"
+            )
+        return None
+
+    async def _warm_up(self, source: Iterator[Session]) -> None:
+        count = self.settings.warmup
+        if count:
+            load = Load(0, count, concurrency=self.settings.concurrency or 1)
+            await self._level(load, itertools.islice(source, count), stage="warming up")
+
+    async def _level(
+        self,
+        load: Load,
+        source: Iterator[Session],
+        stop: Stop | None = None,
+        stage: str | None = None,
+    ) -> Ran:
+        return await run_level(
+            self.client,
+            load,
+            source,
+            timeout=self.settings.timeout,
+            origin=self.origin,
+            stage=stage or _stage(load, self.settings),
+            progress=self.progress,
+            stop=stop,
+        )
 
 
-def _known(failed: ExceptionGroup) -> InfoptError | None:
-    """The first fault of infopt's own in a group, at any depth."""
-    for error in failed.exceptions:
-        found = _known(error) if isinstance(error, ExceptionGroup) else error
-        if isinstance(found, InfoptError):
-            return found
-    return None
-
-
-async def _one(client: Client, request: Request, timeout: float) -> Sample | Failure:
-    chunks: list[Chunk] = []
-    sent = perf_counter()
-    try:
-        async with asyncio.timeout(timeout):
-            stream = client.send(request)
-            async with aclosing(stream):
-                async for chunk in stream:
-                    chunks.append(chunk)
-    except TimeoutError:
-        return Failure(sent, perf_counter(), f"no whole answer within {timeout:g} s")
-    except InfoptError as error:
-        return Failure(sent, perf_counter(), error.message)
-    sample = measure(sent, chunks)
-    return sample or Failure(sent, perf_counter(), "the answer held no text")
+def _stage(load: Load, settings: BenchSettings) -> str:
+    if settings.sweep is None and not settings.find_capacity:
+        return "benching"
+    if load.request_rate is not None:
+        return f"benching at {load.request_rate:.4g} requests/s"
+    return f"benching {load.concurrency} at once"
 
 
 def _report(
     client: Client,
     settings: BenchSettings,
     target: str,
-    samples: Sequence[Sample],
-    failures: Sequence[Failure],
-    duration: float,
+    done: Sequence[Ran],
+    capacity: Capacity | None,
+    server: ServerMetrics | None,
 ) -> BenchReport:
-    errors = Counter(failure.error for failure in failures)
-    if not samples:
-        reason, count = errors.most_common(1)[0]
-        raise EngineError(f"none of {len(failures)} requests completed; {count} times: {reason}")
-    output = sum(sample.tokens for sample in samples)
-    prompt = sum(_prompt_tokens(sample, settings) for sample in samples)
-    provenance: dict[str, Origin] = {key: "measured" for key in _MEASURED}
-    provenance |= {key: "computed" for key in _SET}
+    records = [record for ran in done for record in ran.records]
+    if not any(record.completed for record in records):
+        raise _none_completed(records)
+    levels = [level_report(ran, settings) for ran in done if ran.records]
+    headline = _headline(levels, capacity, settings)
+    shared = {key: getattr(headline, key) for key in LoadFigures.model_fields}
+    met = [level.goodput for level in levels if level.met and level.goodput is not None]
     return BenchReport(
-        provenance=provenance,
-        warnings=(*client.warnings, *_doubts(samples, failures, settings)),
+        **shared,
+        provenance=provenance(),
+        warnings=(*client.warnings, *doubts(records)),
         target=target,
-        requests=settings.requests,
-        completed=len(samples),
-        failed=len(failures),
-        errors=dict(errors),
-        concurrency=settings.concurrency,
-        duration_s=duration,
-        ttft_s=percentiles([sample.ttft for sample in samples]),
-        tpot_s=percentiles([s.tpot for s in samples if s.tpot is not None]),
-        e2e_s=percentiles([sample.e2e for sample in samples]),
-        prompt_tokens=prompt,
-        output_tokens=output,
-        output_tokens_per_s=output / duration,
-        steady_output_tokens_per_s=steady_rate(samples, failures, settings.concurrency),
-        total_tokens_per_s=(prompt + output) / duration,
-        token_count_source=_source(client, samples),
+        load="trace" if settings.trace else "open loop" if settings.is_open else "closed loop",
+        workload=settings.workload,
+        slo=settings.limits,
+        level=headline.level,
+        levels=tuple(levels) if len(levels) > 1 else (),
+        max_goodput=max(met, default=None),
+        capacity=capacity,
+        server=server,
     )
 
 
-def _prompt_tokens(sample: Sample, settings: BenchSettings) -> int:
-    return settings.prompt_tokens if sample.prompt_tokens is None else sample.prompt_tokens
+def _none_completed(records: Sequence[RequestRecord]) -> EngineError:
+    errors = [record.error for record in records if record.error is not None]
+    if not errors:
+        return EngineError("no request was begun within the duration", "give it more time")
+    reason = max(set(errors), key=errors.count)
+    return EngineError(
+        f"none of {len(errors)} requests completed; {errors.count(reason)} times: {reason}"
+    )
 
 
-def _source(client: Client, samples: Sequence[Sample]) -> str:
-    counted = {sample.counted for sample in samples}
-    return "mixed" if len(counted) == 2 else client.count_source if True in counted else "chunks"
-
-
-def _doubts(
-    samples: Sequence[Sample], failures: Sequence[Failure], settings: BenchSettings
-) -> Iterator[str]:
-    """What the reader of the numbers must know."""
-    if failures:
-        yield f"{len(failures)} requests failed and are in no percentile"
-    if uncounted := sum(not sample.counted for sample in samples):
-        yield (
-            f"{uncounted} answers came without a usable token count: "
-            "each chunk with text counts as one token"
+def _headline(
+    levels: Sequence[LevelReport], capacity: Capacity | None, settings: BenchSettings
+) -> LevelReport:
+    """Whose figures stand at the top: the capacity's, else the greatest goodput or throughput."""
+    if capacity is not None and capacity.request_rate is not None:
+        return next(
+            level
+            for level in reversed(levels)
+            if level.met and level.request_rate == capacity.request_rate
         )
-    if guessed := sum(sample.guessed_first for sample in samples):
-        yield (
-            f"{guessed} answers had chunks of several tokens: TPOT takes their first chunk for one"
-        )
-    if unknown := sum(sample.prompt_tokens is None for sample in samples):
-        yield f"{unknown} answers did not tell the prompt's tokens: the number asked for is used"
-    short = [s.tokens for s in samples if s.tokens < settings.output_tokens]
-    if short:
-        mean = sum(short) / len(short)
-        yield (
-            f"{len(short)} answers ended early: {mean:.0f} tokens in the mean, "
-            f"{settings.output_tokens} asked"
-        )
+    usable = [level for level in levels if level.completed] or list(levels)
+    if settings.limits:
+        return max(usable, key=lambda level: level.goodput or 0.0)
+    return max(usable, key=lambda level: level.output_tokens_per_s)
+
+
+def provenance() -> dict[str, Origin]:
+    """Of every number of the report."""
+    found: dict[str, Origin] = {}
+    for key in (*LoadFigures.model_fields, "slo", "level", "levels", "max_goodput", "capacity"):
+        if key not in _WORDS:
+            told: Origin = "computed" if key in (*_SET, *_COMPUTED) else "measured"
+            found[key] = told
+    return found | {"server": "measured"}

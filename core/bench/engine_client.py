@@ -86,6 +86,10 @@ class EngineClient:
             if not finished:
                 self._inbox.put((name, None))
 
+    async def server_metrics(self) -> str | None:
+        """None: there is no server."""
+        return None
+
     # The rest runs in the engine's thread.
 
     def _run(self) -> None:

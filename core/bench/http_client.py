@@ -1,6 +1,5 @@
-"""Load against an OpenAI-compatible server: streamed /v1/completions."""
+"""Load against an OpenAI-compatible server: streamed completions or chats."""
 
-import json
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from time import perf_counter
@@ -10,10 +9,12 @@ from urllib.parse import urlsplit
 import httpx
 
 from infopt.core.bench.client import Chunk, Request
+from infopt.core.bench.frames import chunk_of, finished, frame_of, said
 from infopt.core.bench.sse import EventParser
 from infopt.core.errors import EngineError, UsageError
+from infopt.core.recipe.bench import Endpoint
 
-CONNECT_SECONDS = 10.0
+CONNECT_SECONDS, METRICS_SECONDS = 10.0, 5.0
 # Fields beyond OpenAI's own: what each is for, told where a server refuses it.
 EXTENSIONS: dict[str, Any] = {"ignore_eos": True, "skip_special_tokens": False}
 COST = {
@@ -29,19 +30,28 @@ class HttpClient:
 
     count_source = "usage"
 
-    def __init__(self, url: str, *, model: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        endpoint: Endpoint = "completions",
+        api_key: str | None = None,
+    ) -> None:
         self.url = _base(url)
         self.model = model
+        self.endpoint = endpoint
         self.vocab_size: int | None = None
         self.max_model_len: int | None = None
         self._warnings: list[str] = []
         self._extensions = dict(EXTENSIONS)
         self._stream_options = {"include_usage": True, "continuous_usage_stats": True}
+        self._api_key = api_key
         local = urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
         self._http = httpx.AsyncClient(
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-            headers={"Accept-Encoding": "identity"},
+            headers={"Accept-Encoding": "identity", **_authorization(api_key)},
             trust_env=not local,  # a proxy is no way to this machine
         )
 
@@ -72,38 +82,64 @@ class HttpClient:
             raise EngineError(f"cannot connect to {self.url}: {error}") from error
         except httpx.HTTPError as error:
             raise EngineError(f"the connection broke: {type(error).__name__}: {error}") from error
+        except EngineError as error:
+            error.message = self._hide(error.message)
+            raise
 
     async def _post(self, body: dict[str, Any]) -> AsyncGenerator[Chunk, None]:
-        url = f"{self.url}/v1/completions"
+        path = "chat/completions" if self.endpoint == "chat" else "completions"
+        url = f"{self.url}/v1/{path}"
         async with self._http.stream("POST", url, json=body) as response:
             if response.status_code != 200:
-                raise _Refused(response.status_code, _said(await response.aread()))
+                raise _Refused(response.status_code, said(await response.aread()))
             kind = response.headers.get("content-type", "")
             if not kind.startswith("text/event-stream"):
                 raise EngineError(f"the server did not stream: its answer is {kind or 'untyped'!r}")
-            parser, finished = EventParser(), False
+            parser, over = EventParser(), False
             async for piece in response.aiter_raw():
                 now = perf_counter()  # before any parsing
                 for payload in parser.feed(piece):
                     if payload == b"[DONE]":
                         return
-                    frame = _frame(payload)
-                    finished = finished or _finish_reason(frame)
-                    yield _chunk(frame, now)
-            if not finished:
+                    frame = frame_of(payload)
+                    over = over or finished(frame)
+                    yield chunk_of(frame, now)
+            if not over:
                 raise EngineError("the stream ended before the answer did")
 
     def _body(self, request: Request) -> dict[str, Any]:
-        prompt = request.prompt
         body: dict[str, Any] = {
             "model": self.model,
-            "prompt": prompt if isinstance(prompt, str) else list(prompt),
+            **self._asked(request),
             "max_tokens": request.output_tokens,
             "temperature": 0,
             "stream": True,
             **self._extensions,
+            **request.extra,
         }
+        if request.extra:  # an answer with a form ends where its form does
+            body.pop("ignore_eos", None)
         return {**body, "stream_options": self._stream_options} if self._stream_options else body
+
+    def _asked(self, request: Request) -> dict[str, Any]:
+        if self.endpoint == "chat":
+            alone = ({"role": "user", "content": request.prompt},)
+            return {"messages": list(request.messages or alone)}
+        assert not request.messages, "messages go through chat"
+        prompt = request.prompt
+        return {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
+
+    def _hide(self, text: str) -> str:
+        """Some servers repeat the key that they refuse."""
+        return text.replace(self._api_key, "***") if self._api_key else text
+
+    async def server_metrics(self) -> str | None:
+        """The text of /metrics; None where there is none."""
+        try:
+            response = await self._http.get(f"{self.url}/metrics", timeout=METRICS_SECONDS)
+        except httpx.HTTPError:
+            return None
+        return response.text if response.status_code == 200 else None
 
     async def _look(self) -> None:
         """Find the model's name and what the server tells of it."""
@@ -129,7 +165,9 @@ class HttpClient:
             if entry.get("id") == self.model:
                 self.vocab_size = _count(entry, "vocab_size")
                 self.max_model_len = _count(entry, "max_model_len")
-        if self.vocab_size is None:
+        if self.endpoint == "chat":
+            self.vocab_size = None  # a chat is text
+        elif self.vocab_size is None:
             self._warnings.append(
                 "the server does not tell its vocabulary: prompts are words, "
                 "and their tokens are as the server counts them"
@@ -178,6 +216,10 @@ class _Refused(EngineError):
         self.status = status
 
 
+def _authorization(api_key: str | None) -> dict[str, str]:
+    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+
+
 def _base(url: str) -> str:
     try:
         parts = urlsplit(url)
@@ -194,57 +236,3 @@ def _base(url: str) -> str:
 def _count(entry: dict[str, Any], key: str) -> int | None:
     value = entry.get(key)
     return value if isinstance(value, int) and value > 0 else None
-
-
-def _said(body: bytes) -> str:
-    """The reason in an error's body, in one line."""
-    text = body.decode(errors="replace")
-    try:
-        return _reason(json.loads(text))
-    except ValueError:
-        if text.lstrip().startswith("<"):  # a page for people
-            return "the server did not answer as an OpenAI server"
-        return " ".join(text.split())[:200] or "no reason given"
-
-
-def _reason(content: Any) -> str:
-    error = content.get("error", content) if isinstance(content, dict) else content
-    if isinstance(error, dict):
-        words = [str(error[key]) for key in ("message", "detail", "param") if error.get(key)]
-        error = "; ".join(words) or json.dumps(error)
-    return " ".join(str(error).split())[:300]
-
-
-def _frame(payload: bytes) -> dict[str, Any]:
-    try:
-        frame = json.loads(payload)
-    except ValueError:
-        raise EngineError("a frame of the stream is not JSON") from None
-    if not isinstance(frame, dict):
-        raise EngineError("a frame of the stream is not an object")
-    if frame.get("error"):
-        raise EngineError(f"the server failed in mid-stream: {_reason(frame)}")
-    return frame
-
-
-def _choices(frame: dict[str, Any]) -> list[dict[str, Any]]:
-    return [choice for choice in frame.get("choices") or [] if isinstance(choice, dict)]
-
-
-def _finish_reason(frame: dict[str, Any]) -> bool:
-    return any(choice.get("finish_reason") for choice in _choices(frame))
-
-
-def _chunk(frame: dict[str, Any], now: float) -> Chunk:
-    usage = frame.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    content = any(
-        choice.get("text") or (choice.get("delta") or {}).get("content")
-        for choice in _choices(frame)
-    )
-    return Chunk(now, content, _tokens(usage, "completion_tokens"), _tokens(usage, "prompt_tokens"))
-
-
-def _tokens(usage: dict[str, Any], key: str) -> int | None:
-    value = usage.get(key)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

@@ -1,139 +1,104 @@
-"""From the times of chunks to latencies: pure arithmetic, no clock."""
+"""From records to figures: pure arithmetic over what was kept of each request."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
 
-from infopt.core.bench.client import Chunk
+from infopt.core.reports.bench import TailPercentiles
+from infopt.core.reports.requests import RequestRecord
 from infopt.core.reports.schema import Percentiles
 
-STEADY_SHARE = 0.95
-"""In the steady window at least this share of the concurrency is in flight."""
+LATENCIES: dict[str, Callable[[RequestRecord], float | None]] = {
+    "ttft": lambda record: record.ttft,
+    "ttfot": lambda record: record.ttfot,
+    "tpot": lambda record: record.tpot,
+    "e2e": lambda record: record.e2e,
+}
+"""One time a request, by the name that limits and keys give it."""
+
+_SHARES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One completed request; times are `perf_counter` seconds."""
-
-    sent: float
-    first: float
-    last: float
-    tokens: int
-    tokens_at_first: int
-    """Tokens that came with the first read; the clock of TPOT starts after them."""
-    prompt_tokens: int | None
-    counted: bool
-    """The target said how many tokens there were; else each chunk with content counts as one."""
-    guessed_first: bool
-    """Chunks held several tokens and nobody said how many the first one held: taken as one each."""
-    arrivals: tuple[tuple[float, float], ...]
-    """(time, tokens) of each read that brought content."""
-
-    @property
-    def ttft(self) -> float:
-        """Seconds from sending to the first content."""
-        return self.first - self.sent
-
-    @property
-    def e2e(self) -> float:
-        """Seconds from sending to the last content."""
-        return self.last - self.sent
-
-    @property
-    def tpot(self) -> float | None:
-        """Seconds per token after those of the first read; None, never 0, where none came after."""
-        rest = self.tokens - self.tokens_at_first
-        return (self.last - self.first) / rest if rest > 0 and self.last > self.first else None
+def completed(records: Iterable[RequestRecord]) -> list[RequestRecord]:
+    """Those that did not fail."""
+    return [record for record in records if record.completed]
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """One request that broke off."""
-
-    sent: float
-    ended: float
-    error: str
+def values(records: Iterable[RequestRecord], latency: str) -> list[float]:
+    """A latency of each completed request that has it: weighted by requests."""
+    found = (LATENCIES[latency](record) for record in records if record.completed)
+    return [value for value in found if value is not None]
 
 
-def measure(sent: float, chunks: Sequence[Chunk]) -> Sample | None:
-    """A completed request from its chunks; None if no chunk had content."""
-    contents = [chunk for chunk in chunks if chunk.content]
-    if not contents:
-        return None
-    said = [c.completion_tokens for c in chunks if c.completion_tokens is not None]
-    # A count below the chunks that came is a wrong one: each held a token at least.
-    counted = bool(said) and said[-1] >= len(contents)
-    tokens = said[-1] if counted else len(contents)
-    totals = _running_totals(contents, tokens)
-    first, last = contents[0].time, contents[-1].time
-    at_first = sum(chunk.time == first for chunk in contents)
-    if totals is None:
-        tokens_at_first, share = at_first, tokens / len(contents)
-        arrivals = [(chunk.time, share) for chunk in contents]
-    else:
-        tokens_at_first = totals[at_first - 1]
-        before = [0, *totals[:-1]]
-        arrivals = [
-            (c.time, float(n - m)) for c, n, m in zip(contents, totals, before, strict=True)
-        ]
-    prompt = [chunk.prompt_tokens for chunk in chunks if chunk.prompt_tokens is not None]
-    return Sample(
-        sent=sent,
-        first=first,
-        last=last,
-        tokens=tokens,
-        tokens_at_first=tokens_at_first,
-        prompt_tokens=prompt[-1] if prompt else None,
-        counted=counted,
-        guessed_first=totals is None and len(contents) > 1,
-        arrivals=tuple(arrivals),
-    )
+def token_gaps(records: Iterable[RequestRecord]) -> list[float]:
+    """Seconds to each token after a request's first read: weighted by tokens.
+
+    A read that brings n tokens after a gap g gives n times g / n.
+    """
+    gaps: list[float] = []
+    for record in records:
+        if record.completed:
+            for (before, _), (time, tokens) in pairwise(record.arrivals):
+                gaps += [(time - before) / tokens] * int(tokens)
+    return gaps
 
 
-def _running_totals(contents: Sequence[Chunk], tokens: int) -> list[int] | None:
-    """Tokens up to and with each chunk; None where chunks held several and none said how many."""
-    if tokens == len(contents):
-        return list(range(1, tokens + 1))
-    said = [chunk.completion_tokens for chunk in contents]
-    totals = [count for count in said if count is not None]
-    if len(totals) < len(said) or totals[0] < 1 or totals[-1] > tokens:
-        return None
-    if any(later < earlier for earlier, later in pairwise(totals)):
-        return None
-    return totals
+def chunk_gaps(records: Iterable[RequestRecord]) -> list[float]:
+    """Seconds between the reads of each request, however many tokens they brought."""
+    return [
+        time - before
+        for record in records
+        if record.completed
+        for (before, _), (time, _) in pairwise(record.arrivals)
+    ]
 
 
-def percentiles(values: Sequence[float]) -> Percentiles | None:
+def percentiles(found: Sequence[float]) -> Percentiles | None:
     """Of a sample, interpolated linearly between the nearest ranks (Hyndman and Fan, type 7)."""
-    if not values:
+    if not found:
         return None
-    p50, p90, p95, p99 = (float(p) for p in np.percentile(values, [50, 90, 95, 99]))
+    p50, p90, p95, p99 = (float(p) for p in np.percentile(found, [50, 90, 95, 99]))
     return Percentiles(
-        mean=float(np.mean(values)),
-        p50=p50,
-        p90=p90,
-        p95=p95,
-        p99=p99,
-        min=min(values),
-        max=max(values),
+        mean=float(np.mean(found)), p50=p50, p90=p90, p95=p95, p99=p99, min=min(found),
+        max=max(found),
+    )  # fmt: skip
+
+
+def tail_percentiles(found: Sequence[float], failed: int) -> TailPercentiles | None:
+    """The same with `failed` more that are infinite; None where there are none at all."""
+    if not found and not failed:
+        return None
+    ranked = sorted(found) + [math.inf] * failed
+    at = {key: _type_7(ranked, share) for key, share in _SHARES.items()}
+    finite = {key: value if math.isfinite(value) else None for key, value in at.items()}
+    infinite = tuple(key for key, value in finite.items() if value is None)
+    return TailPercentiles(
+        p50=finite["p50"],
+        p90=finite["p90"],
+        p95=finite["p95"],
+        p99=finite["p99"],
+        infinite=infinite,
     )
 
 
-def steady_rate(
-    samples: Sequence[Sample], failures: Sequence[Failure], concurrency: int
-) -> float | None:
-    """Output tokens per second without ramp and drain; None if the load was never full."""
-    spans = [(s.sent, s.last) for s in samples] + [(f.sent, f.ended) for f in failures]
-    edges = sorted([(start, 1) for start, _ in spans] + [(end, -1) for _, end in spans])
-    full: list[float] = []
-    flying = 0
-    for time, change in edges:
-        before, flying = flying, flying + change
-        if max(before, flying) >= STEADY_SHARE * concurrency:
-            full.append(time)
-    if not full or full[-1] <= full[0]:
-        return None
-    tokens = sum(n for s in samples for t, n in s.arrivals if full[0] < t <= full[-1])
-    return tokens / (full[-1] - full[0])
+def _type_7(ranked: Sequence[float], share: float) -> float:
+    """By hand: numpy makes NaN between two infinities."""
+    place = (len(ranked) - 1) * share
+    low = math.floor(place)
+    part = place - low
+    if part == 0 or ranked[low] == ranked[low + 1]:
+        return ranked[low]
+    return ranked[low] + part * (ranked[low + 1] - ranked[low])
+
+
+def tokens_between(records: Iterable[RequestRecord], start: float, end: float) -> float:
+    """Output tokens of completed requests that arrived in (start, end]."""
+    return sum(
+        tokens
+        for record in records
+        if record.completed
+        for time, tokens in record.arrivals
+        if start < time <= end
+    )

@@ -1,4 +1,4 @@
-"""The prompts of a load: synthetic, seeded, each different, so that no prefix cache flatters."""
+"""Synthetic prompts: seeded, each different, so that no prefix cache flatters."""
 
 import random
 
@@ -16,17 +16,29 @@ _COMMON = """
 WORDS = tuple(_COMMON.split())
 
 
+Prompt = tuple[int, ...] | str
+
+
 def synthetic(
     count: int, prompt_tokens: int, output_tokens: int, *, seed: int, vocab_size: int | None
 ) -> list[Request]:
     """`count` requests of `prompt_tokens` uniform token ids, or words where ids cannot be sent."""
     return [
-        Request(_prompt(random.Random(f"{seed}/{index}"), prompt_tokens, vocab_size), output_tokens)
+        Request(random_prompt(f"{seed}/{index}", prompt_tokens, vocab_size), output_tokens)
         for index in range(count)
     ]
 
 
-def _prompt(rng: random.Random, tokens: int, vocab_size: int | None) -> tuple[int, ...] | str:
+def random_prompt(seed: str, tokens: int, vocab_size: int | None) -> Prompt:
+    """Uniform token ids below `vocab_size`, or as many words where there is none."""
+    rng = random.Random(seed)
     if vocab_size is None:
         return " ".join(rng.choices(WORDS, k=tokens))
     return tuple(rng.choices(range(vocab_size), k=tokens))
+
+
+def joined(*parts: Prompt) -> Prompt:
+    """One prompt after the other; all are ids, or all are text."""
+    if isinstance(parts[0], str):
+        return " ".join(str(part) for part in parts)
+    return tuple(token for part in parts for token in part if isinstance(token, int))

@@ -8,7 +8,7 @@ from infopt.core.recipe.base import Seed, Settings, Words
 from infopt.core.recipe.text import Device, DType
 
 Batching = Literal["static", "dynamic", "continuous"]
-ServeEngine = Literal["infopt", "vllm", "sglang", "transformers"]
+ServeEngine = Literal["infopt", "vllm", "sglang", "llama.cpp", "transformers"]
 KEYS_VARIABLE = "INFOPT_API_KEYS"
 """An environment variable with API keys, where there is no file of them."""
 BATCH_WAIT_MS = 50.0

@@ -19,6 +19,9 @@ class RequestRecord(Record):
     """Which level of a sweep it belongs to; 0 where there is one."""
     scheduled: float
     """When it was due; in a closed loop, when it was sent."""
+    released: float | None = None
+    """When it was free to go: due, and with a place under our own bound on those in flight. From
+    here to `sent` it waited for nothing but this client."""
     sent: float
     first: float | None = None
     """When its first token of any kind was read: reasoning, tool call or text."""
@@ -32,6 +35,11 @@ class RequestRecord(Record):
     output_tokens: int = 0
     tokens_at_first: int = 0
     """Tokens that came with the first read; TPOT counts those after it."""
+    guessed: bool = False
+    """Reads brought several tokens and nobody said how many each: the first is taken for one, the
+    rest are spread evenly."""
+    asked_tokens: int | None = None
+    """The output's length that was asked for."""
     count_source: str = "usage"
     """Who counted the output's tokens: 'usage', 'engine', 'retokenized' or 'chunks'."""
     arrivals: tuple[tuple[float, float], ...] = ()

@@ -53,9 +53,21 @@ _TRANSFORMERS: dict[str, str] = {
     "device": "--device",
     "seed": "--default-seed",
 }
+# Its --ctx-size is shared out among its slots: no word for max_model_len.
+_LLAMA_CPP: dict[str, str] = {
+    "host": "--host",
+    "port": "--port",
+    "model_name": "--alias",
+    "max_batch_tokens": "--batch-size",
+    "max_running": "--parallel",
+    "seed": "--seed",
+    "tls_cert": "--ssl-cert-file",
+    "tls_key": "--ssl-key-file",
+}
 _FLAGS: dict[str, dict[str, str]] = {
     "vllm": _VLLM,
     "sglang": _SGLANG,
+    "llama.cpp": _LLAMA_CPP,
     "transformers": _TRANSFORMERS,
 }
 _KV_WORDS: dict[str, Mapping[str, str]] = {
@@ -88,7 +100,7 @@ def foreign_command(
             )
         else:
             words += _said(engine, key, flags[key], value)
-    if trust_remote_code:
+    if trust_remote_code and engine != "llama.cpp":  # a GGUF file brings no code
         words.append("--trust-remote-code")
     return tuple(words)
 
@@ -99,6 +111,8 @@ def _begin(engine: ServeEngine, model: str) -> list[str]:
             return ["vllm", "serve", model]
         case "sglang":
             return [sys.executable, "-m", "sglang.launch_server", "--model-path", model]
+        case "llama.cpp":
+            return ["llama-server", "--model", model]
         case "transformers":
             return ["transformers", "serve", model, "--continuous-batching"]
         case "infopt":

@@ -19,6 +19,7 @@ from infopt.core.recipe.serve import KEYS_VARIABLE, ServeSettings
 from infopt.core.server.foreign import foreign_command
 
 _LOOK_S = 0.5
+_INSTALL = {"llama-server": "build or install llama.cpp, and put llama-server on the PATH"}
 _ASK_S = 5.0
 KILL_SECONDS = 60.0
 """After its own time to drain, what does not end is killed."""
@@ -32,6 +33,18 @@ def serve_foreign(
     Raises UsageError for a setting, or API keys, that it does not have, EngineError where it is not
     installed or ends by itself.
     """
+    trust = artifact.trust_remote_code
+    serve_file(artifact.path, settings, progress, trust_remote_code=trust)
+
+
+def serve_file(
+    model: Path,
+    settings: ServeSettings,
+    progress: ProgressCallback = silent,
+    *,
+    trust_remote_code: bool = False,
+) -> None:
+    """The same for a model that infopt need not read: a folder, or llama.cpp's GGUF file."""
     if os.environ.get(KEYS_VARIABLE):
         raise UsageError(
             f"{KEYS_VARIABLE} is not known to {settings.engine}, which would let anybody in",
@@ -41,9 +54,9 @@ def serve_foreign(
         settings = settings.model_copy(update={"port": free_port(settings.host)})
     command = foreign_command(
         settings.engine,
-        str(artifact.path),
+        str(model),
         settings,
-        trust_remote_code=artifact.trust_remote_code,
+        trust_remote_code=trust_remote_code,
     )
     scheme = "http" if settings.tls_cert is None else "https"
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -82,7 +95,8 @@ def _found(command: Sequence[str]) -> list[str]:
     beside = Path(sys.executable).parent / command[0]
     program = str(beside) if beside.exists() else shutil.which(command[0])
     if program is None:
-        raise EngineError(f"there is no program {command[0]!r}", f"pip install {command[0]}")
+        hint = _INSTALL.get(command[0], f"pip install {command[0]}")
+        raise EngineError(f"there is no program {command[0]!r}", hint)
     if "sglang.launch_server" in command and find_spec("sglang") is None:
         raise EngineError("the package 'sglang' is not installed", "pip install sglang")
     return [program, *command[1:]]

@@ -44,6 +44,10 @@ def test_recipe_runs_small(path: Path, tiny_model: Path, tmp_path: Path) -> None
         for key in ("baseline", "teacher"):
             if settings.get(key):
                 settings[key] = str(tiny_model)
+        if verb == "bench" and "request_rate" in settings:
+            settings.update({"request_rate": 50.0, "prefix_tokens": 8, "prompt_tokens": 8})
+            settings.update({"requests": 2, "output_tokens": 4, "kv_blocks": 64})
+            continue
         short = {"qat": {"steps": 2}, "autoround": {"iterations": 2}}
         settings.update(short.get(settings.get("method", ""), {}))
         settings.update(

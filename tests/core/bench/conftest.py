@@ -3,7 +3,7 @@
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,13 @@ class MockServer:
 
     script: Callable[[dict[str, Any]], Script | tuple[int, bytes]]
     model: dict[str, Any] = field(default_factory=lambda: {"id": "mock", "vocab_size": 1000})
+    metrics: Callable[[], str] | None = None
+    """What /metrics says; None: there is none."""
+    before: Callable[[dict[str, Any]], Awaitable[None]] | None = None
+    """What a completion waits for first."""
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    heads: list[str] = field(default_factory=list)
+    """The request line and headers of each completion."""
     in_flight: int = 0
     most_in_flight: int = 0
     port: int = 0
@@ -31,7 +37,11 @@ class MockServer:
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             head = await reader.readuntil(b"\r\n\r\n")
-            if head.startswith(b"GET"):
+            if head.startswith(b"GET /metrics"):
+                text = None if self.metrics is None else self.metrics()
+                writer.write(_response(404 if text is None else 200, "text/plain"))
+                writer.write((text or "").encode())
+            elif head.startswith(b"GET"):
                 listed = json.dumps({"data": [self.model]}).encode()
                 writer.write(_response(200, "application/json") + listed)
             else:
@@ -40,6 +50,7 @@ class MockServer:
                     for line in head.split(b"\r\n")
                     if line.lower().startswith(b"content-length")
                 )
+                self.heads.append(head.decode())
                 await self._complete(json.loads(await reader.readexactly(length)), writer)
             await writer.drain()
         except (ConnectionError, asyncio.IncompleteReadError):
@@ -52,6 +63,8 @@ class MockServer:
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
+            if self.before is not None:
+                await self.before(body)
             script = self.script(body)
             if isinstance(script, tuple):
                 writer.write(_response(script[0], "application/json") + script[1])
@@ -97,6 +110,12 @@ class Mocks:
         """One event of a stream; `text` None: no choices."""
         choices = [] if text is None else [{"index": 0, "text": text, "finish_reason": finish}]
         return b"data: " + json.dumps({"choices": choices, **more}).encode() + b"\n\n"
+
+    @staticmethod
+    def delta(*, finish: str | None = None, **delta: Any) -> bytes:
+        """One event of a chat's stream."""
+        choices = [{"index": 0, "delta": delta, "finish_reason": finish}]
+        return b"data: " + json.dumps({"choices": choices}).encode() + b"\n\n"
 
     @staticmethod
     def usage(completion: int, prompt: int = 4) -> dict[str, int]:

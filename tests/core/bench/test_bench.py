@@ -1,4 +1,6 @@
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,14 @@ from infopt.core.reports.bench import BenchReport
 
 
 def run(server: Any, **settings: Any) -> BenchReport:
-    values = {"requests": 4, "concurrency": 2, "prompt_tokens": 4, "output_tokens": 3, **settings}
-    return bench(HttpClient(server.url), BenchSettings(**values), target=server.url)
+    values = {"requests": 4, "prompt_tokens": 4, "output_tokens": 3, **settings}
+    if not {"request_rate", "sweep", "trace", "find_capacity"} & set(settings):
+        values.setdefault("concurrency", 2)
+    if "trace" in settings:
+        del values["prompt_tokens"], values["output_tokens"]
+    asked = BenchSettings(**values)
+    client = HttpClient(server.url, endpoint="chat" if asked.chat else "completions")
+    return bench(client, asked, target=server.url)
 
 
 def steady(mock: Any, *, first: float, each: float, tokens: int) -> Any:
@@ -46,7 +54,8 @@ def test_known_times(mock: Any) -> None:
 def test_every_number_has_its_origin(mock: Any) -> None:
     report = run(mock(steady(mock, first=0.0, each=0.01, tokens=3)))
     head = {"command", "model", "provenance", "warnings", "made", "schema_version"}
-    words = {"target", "token_count_source"}
+    words = {"target", "token_count_source", "engine_command", "load", "workload", "endpoint"}
+    words |= {"files", "notes", "invalid_reasons", "stopped_early"}
     assert set(report.provenance) == set(BenchReport.model_fields) - head - words
     assert BenchReport.model_validate_json(report.model_dump_json()) == report
 
@@ -91,7 +100,7 @@ def test_failures_are_counted_by_their_reason(mock: Any) -> None:
     assert report.completed + report.failed == report.requests == 6
     assert report.errors == {"the server failed in mid-stream: pool is full": report.failed}
     assert report.failed == 3 and report.output_tokens == 9
-    assert any("in no percentile" in warning for warning in report.warnings)
+    assert any("in no percentile but" in warning for warning in report.warnings)
 
 
 def test_none_completed(mock: Any) -> None:
@@ -166,3 +175,172 @@ def test_a_fault_of_ours_comes_without_its_group(mock: Any, fault: Exception) ->
     with pytest.raises(expected) as caught:
         bench(HttpClient(server.url), BenchSettings(requests=2), target="x", progress=progress)
     assert caught.value is fault or fault in caught.value.exceptions
+
+
+def test_an_open_loop_keeps_its_times_whatever_the_server_does(mock: Any) -> None:
+    """Ten a second, each taking half a second: five are in flight at once."""
+    server = mock(steady(mock, first=0.4, each=0.0, tokens=3))
+    report = run(server, requests=12, request_rate=20.0, arrival="constant", warmup=0)
+    assert report.load == "open loop" and report.concurrency is None
+    assert report.request_rate == 20.0 and server.most_in_flight >= 6
+    assert report.duration_s == pytest.approx(11 / 20 + 0.4, abs=0.2)
+    assert report.lag_s is not None and report.lag_s.p50 < 0.05
+    assert report.steady_window_s is not None
+    start, end = report.steady_window_s
+    assert end - start == pytest.approx(0.8 * 11 / 20, abs=0.02)
+
+
+def test_a_duration_begins_requests_for_so_long(mock: Any) -> None:
+    server = mock(steady(mock, first=0.05, each=0.0, tokens=3))
+    report = run(server, requests=None, duration=0.5, warmup=0)
+    assert 12 <= report.completed <= 22, "two at once, for half a second"
+    assert 0.5 <= report.duration_s < 0.8
+    report = run(server, requests=None, duration=0.5, request_rate=30.0, arrival="constant")
+    assert report.completed == 15
+
+
+def test_a_sweep_is_a_level_after_the_other(mock: Any) -> None:
+    server = mock(steady(mock, first=0.05, each=0.0, tokens=3))
+    report = run(server, sweep="concurrency=1,4", requests=8, warmup=0)
+    assert [(x.level, x.concurrency, x.completed) for x in report.levels] == [(0, 1, 8), (1, 4, 8)]
+    assert report.levels[1].output_tokens_per_s > 2 * report.levels[0].output_tokens_per_s
+    assert report.level == 1 and report.concurrency == 4, "the level with the most throughput"
+    assert report.ttft_s == report.levels[1].ttft_s
+    prompts = [tuple(body["prompt"]) for body in server.bodies[1:]]
+    assert len(set(prompts)) == 16, "no level sees the prompts of another"
+    report = run(server, sweep="request-rate=20,40", requests=6, slo="ttft=5s", warmup=0)
+    assert [level.request_rate for level in report.levels] == [20.0, 40.0]
+    assert report.max_goodput == max(level.goodput or 0 for level in report.levels)
+
+
+def test_goodput_and_cost(mock: Any) -> None:
+    calls: list[int] = []
+
+    def script(body: dict[str, Any]) -> Any:
+        calls.append(1)
+        slow = 0.2 if len(calls) % 2 else 0.0
+        return [slow, mock.frame("abc", finish="length", usage=mock.usage(3)), mock.DONE]
+
+    report = run(
+        mock(script), requests=8, concurrency=1, warmup=0, slo="ttft=100ms", price_per_hour=3.6
+    )
+    assert report.attainment == 0.5 and report.slo == {"ttft": 0.1}
+    assert report.goodput == pytest.approx(4 / report.duration_s)
+    expected = 3.6 * 1e6 / 3600 / report.output_tokens_per_s
+    assert report.cost_per_million_output_tokens == pytest.approx(expected)
+
+
+def test_the_next_turn_holds_the_answer_before(mock: Any) -> None:
+    words = [mock.delta(content="so"), mock.delta(content=" be it"), mock.delta(finish="stop")]
+    server = mock(lambda body: [*words, mock.DONE])
+    report = run(server, workload="multi-turn", turns=3, requests=7, warmup=0)
+    assert report.completed == 7, "the last conversation is cut short"
+    talks = [body["messages"] for body in server.bodies[1:]]
+    lengths = sorted(len(talk) for talk in talks)
+    assert lengths == [1, 1, 1, 3, 3, 5, 5]
+    longest = next(talk for talk in talks if len(talk) == 5)
+    assert [m["role"] for m in longest] == ["user", "assistant"] * 2 + ["user"]
+    assert longest[1]["content"] == longest[3]["content"] == "so be it"
+    assert longest[:3] in talks, "the history is what was sent before"
+
+
+def test_a_turn_that_fails_ends_its_conversation(mock: Any) -> None:
+    broken = [mock.delta(content="a"), b""]
+    plain = [mock.delta(content="a", finish="stop"), mock.DONE]
+    server = mock(lambda body: plain if len(body["messages"]) == 1 else broken)
+    report = run(server, workload="multi-turn", turns=3, requests=6, warmup=0, concurrency=1)
+    assert (report.completed, report.failed) == (2, 2)
+
+
+def test_a_trace_is_replayed_at_its_times(mock: Any, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    rows = [(0, 5, 2), (400, 9, 3), (1000, 7, 1)]
+    path.write_text(
+        "\n".join(
+            json.dumps({"timestamp": t, "input_length": i, "output_length": o}) for t, i, o in rows
+        )
+    )
+    server = mock(steady(mock, first=0.0, each=0.0, tokens=1))
+    report = run(server, trace=str(path), speedup=2.0, requests=None, warmup=0)
+    assert report.load == "trace" and report.completed == 3
+    assert report.duration_s == pytest.approx(0.5, abs=0.2)
+    asked = [(len(body["prompt"]), body["max_tokens"]) for body in server.bodies[1:]]
+    assert asked == [(5, 2), (9, 3), (7, 1)]
+
+
+@pytest.mark.slow
+def test_the_capacity_of_a_server_of_known_speed(mock: Any) -> None:
+    """One at a time, 20 ms each: 50 a second, and fewer where the queue's wait is limited."""
+    import asyncio
+
+    turn: list[asyncio.Lock] = []
+
+    async def one_at_a_time(body: dict[str, Any]) -> None:
+        if not turn:
+            turn.append(asyncio.Lock())
+        async with turn[0]:
+            await asyncio.sleep(0.02)
+
+    server = mock(lambda body: [mock.frame("a", finish="length", usage=mock.usage(1)), mock.DONE])
+    server.before = one_at_a_time
+    report = run(
+        server, find_capacity=True, request_rate=16.0, slo="ttft=200ms", requests=60,
+        output_tokens=1, arrival="constant", warmup=0,
+    )  # fmt: skip
+    assert report.capacity is not None
+    assert 25 < (report.capacity.request_rate or 0) < 62, "a busy machine sleeps longer"
+    assert report.levels[0].request_rate == 16.0
+    stopped = [level for level in report.levels if level.stopped_early]
+    assert stopped and not any(level.met for level in stopped)
+    assert all(not level.valid for level in stopped)
+    assert report.level in [x.level for x in report.levels if x.met]
+    assert report.request_rate == report.capacity.request_rate
+    assert report.max_goodput is not None
+
+
+def test_a_server_s_own_figures_are_read_beside(mock: Any) -> None:
+    server = mock(steady(mock, first=0.3, each=0.0, tokens=3))
+    server.metrics = lambda: f'infopt:num_requests_running{{m="x"}} {server.in_flight}\n'
+    report = run(server, requests=8, concurrency=4, warmup=0)
+    assert report.server is not None and report.server.running_max == 4.0
+    assert report.server.waiting_max is None and report.warnings == ()
+    assert run(server, scrape=False).server is None
+
+
+def test_a_server_without_metrics(mock: Any) -> None:
+    server = mock(steady(mock, first=0.0, each=0.0, tokens=3))
+    report = run(server)
+    assert report.server is None and report.warnings == ()
+    with pytest.raises(EngineError, match="has no /metrics"):
+        run(server, scrape=True)
+
+
+def test_the_live_view_says_where_the_level_stands(mock: Any) -> None:
+    seen: list[Progress] = []
+    server = mock(steady(mock, first=0.02, each=0.0, tokens=3))
+    settings = BenchSettings(requests=6, concurrency=2, prompt_tokens=4, output_tokens=3)
+    bench(HttpClient(server.url), settings, target="x", progress=seen.append)
+    note = [p.note for p in seen if p.stage == "benching"][3]
+    assert "1 in flight, 4 completed, TTFT p50 " in note and note.endswith(" tokens/s")
+
+
+def test_a_key_is_sent_and_never_told(mock: Any) -> None:
+    def script(body: dict[str, Any]) -> Any:
+        if body["max_tokens"] == 2:
+            return [mock.frame("a", finish="stop"), mock.DONE]
+        return 401, b'{"error": {"message": "wrong key sk-secret-1"}}'
+
+    server = mock(script)
+    settings = BenchSettings(requests=2, warmup=0, prompt_tokens=4)
+    with pytest.raises(EngineError, match=r"wrong key \*\*\*") as caught:
+        bench(HttpClient(server.url, api_key="sk-secret-1"), settings, target="x")
+    assert "sk-secret" not in str(caught.value)
+    assert all("authorization: bearer sk-secret-1" in head.lower() for head in server.heads)
+
+
+def test_little_s_law_holds_for_what_is_measured(mock: Any) -> None:
+    server = mock(steady(mock, first=0.1, each=0.02, tokens=3))
+    report = run(server, requests=40, concurrency=4, warmup=0)
+    law = report.littles_law
+    assert law is not None and law.holds is True and 3.5 < law.computed <= 4.0
+    assert not any("Little" in reason for reason in report.invalid_reasons)

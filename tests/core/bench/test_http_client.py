@@ -9,8 +9,9 @@ import pytest
 
 from infopt.core.bench.client import Chunk, Request
 from infopt.core.bench.http_client import HttpClient
-from infopt.core.bench.metrics import Sample, measure
+from infopt.core.bench.records import Trip, record
 from infopt.core.errors import EngineError, UsageError
+from infopt.core.reports.requests import RequestRecord
 
 ASK = Request((1, 2, 3, 4), 3)
 
@@ -34,10 +35,8 @@ def after_probe(mock: Any, script: list[float | bytes]) -> Callable[[dict[str, A
     return answer
 
 
-def sampled(chunks: list[Chunk]) -> Sample:
-    sample = measure(0.0, chunks)
-    assert sample is not None
-    return sample
+def sampled(chunks: list[Chunk]) -> RequestRecord:
+    return record(Trip(0, 0, 0.0, 0.0, 0.0, 3, chunks=chunks), counted_by="usage")
 
 
 def test_what_is_sent(mock: Any) -> None:
@@ -65,8 +64,10 @@ def test_the_role_the_finish_and_comments_are_no_content(mock: Any) -> None:
     chunks, _ = collect(mock(after_probe(mock, script)).url)
     assert [chunk.content for chunk in chunks] == [False, True, False, False]
     sample = sampled(chunks)
-    assert sample.first - chunks[0].time > 0.09, "the role chunk did not stamp the first token"
-    assert sample.tokens == 1 and sample.tpot is None and sample.prompt_tokens == 4
+    assert sample.first is not None and sample.first - chunks[0].time > 0.09, (
+        "the role chunk did not stamp the first token"
+    )
+    assert sample.output_tokens == 1 and sample.tpot is None and sample.prompt_tokens == 4
 
 
 def test_frames_split_across_reads_and_joined_in_one(mock: Any) -> None:
@@ -98,7 +99,7 @@ def test_running_usage_gives_the_tokens_of_each_chunk(mock: Any) -> None:
 def test_missing_usage(mock: Any, missing: dict[str, Any]) -> None:
     script = [mock.frame("a", **missing), mock.frame("b", finish="stop", **missing), mock.DONE]
     sample = sampled(collect(mock(after_probe(mock, script)).url)[0])
-    assert not sample.counted and sample.tokens == 2
+    assert sample.count_source == "chunks" and sample.output_tokens == 2
 
 
 @pytest.mark.parametrize(

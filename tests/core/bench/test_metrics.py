@@ -1,92 +1,40 @@
 import math
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from infopt.core.bench.client import Chunk
-from infopt.core.bench.metrics import Failure, Sample, measure, percentiles, steady_rate
-
-
-def text(time: float, count: int | None = None) -> Chunk:
-    return Chunk(time, True, count)
-
-
-def mute(time: float, count: int | None = None, prompt: int | None = None) -> Chunk:
-    return Chunk(time, False, count, prompt)
-
-
-def sampled(sent: float, *chunks: Chunk) -> Sample:
-    sample = measure(sent, chunks)
-    assert sample is not None
-    return sample
-
-
-def test_a_token_a_chunk() -> None:
-    sample = sampled(10.0, text(10.5), text(10.6), text(10.7), mute(10.8, 3, 7))
-    assert sample.ttft == 0.5
-    assert sample.tpot == pytest.approx(0.1)
-    assert sample.e2e == pytest.approx(0.7), "to the last token, not to the usage"
-    assert (sample.tokens, sample.prompt_tokens, sample.counted) == (3, 7, True)
-    assert not sample.guessed_first
-
-
-def test_the_role_and_the_finish_stamp_nothing() -> None:
-    sample = sampled(0.0, mute(0.1), text(0.9), text(1.0), mute(5.0), mute(5.1, 2))
-    assert sample.ttft == 0.9 and sample.tpot == pytest.approx(0.1) and sample.e2e == 1.0
-
-
-def test_several_tokens_a_chunk_with_running_counts() -> None:
-    sample = sampled(0.0, text(1.0, 3), text(1.6, 6), text(1.9, 9))
-    assert sample.tokens_at_first == 3
-    assert sample.tpot == pytest.approx(0.9 / 6), "not 0.9 / 8: three came with the first chunk"
-    assert sample.arrivals == ((1.0, 3.0), (1.6, 3.0), (1.9, 3.0))
-
-
-def test_text_held_back_counts_with_the_chunk_that_brings_it() -> None:
-    """The first token was half a character: the first text holds two tokens."""
-    sample = sampled(0.0, mute(0.5, 1), text(0.7, 2), text(0.8, 3))
-    assert sample.ttft == 0.7 and sample.tpot == pytest.approx(0.1)
-
-
-def test_several_tokens_a_chunk_and_nobody_says_how_many() -> None:
-    sample = sampled(0.0, text(1.0), text(2.0), mute(2.0, 9))
-    assert sample.guessed_first and sample.counted and sample.tokens == 9
-    assert sample.tpot == pytest.approx(1.0 / 8)
-    assert sum(n for _, n in sample.arrivals) == pytest.approx(9)
-
-
-def test_two_frames_of_one_read_are_the_first_tokens_together() -> None:
-    sample = sampled(0.0, text(1.0), text(1.0), text(1.3))
-    assert sample.tokens_at_first == 2 and sample.tpot == pytest.approx(0.3)
-
-
-@pytest.mark.parametrize(
-    "chunks",
-    [
-        (text(1.0), mute(1.1, 1)),
-        (text(1.0), mute(1.5, 30)),
-        (text(1.0, 30),),
-        (text(1.0), text(1.0)),
-    ],
-    ids=["one token", "one chunk, usage later", "one chunk with its count", "all in one read"],
+from infopt.core.bench.metrics import (
+    chunk_gaps,
+    percentiles,
+    tail_percentiles,
+    token_gaps,
+    tokens_between,
+    values,
 )
-def test_tpot_is_undefined_and_never_zero(chunks: tuple[Chunk, ...]) -> None:
-    assert sampled(0.0, *chunks).tpot is None
+from infopt.core.reports.requests import RequestRecord
+
+TIMES = st.lists(st.floats(0.001, 100), max_size=40)
 
 
-@pytest.mark.parametrize("wrong", [None, 0, 2])
-def test_missing_and_impossible_usage_falls_back_to_chunks(wrong: int | None) -> None:
-    sample = sampled(0.0, text(1.0), text(2.0), text(3.0), mute(3.0, wrong))
-    assert not sample.counted and sample.tokens == 3 and sample.tpot == 1.0
-
-
-def test_counts_that_run_backwards_are_not_believed() -> None:
-    sample = sampled(0.0, text(1.0, 5), text(2.0, 3), text(3.0, 9))
-    assert sample.tokens == 9 and sample.guessed_first and sample.tokens_at_first == 1
-
-
-def test_no_text_is_no_sample() -> None:
-    assert measure(0.0, [mute(0.1), mute(0.2, 4)]) is None
-    assert measure(0.0, []) is None
+def answered(
+    *arrivals: tuple[float, float], scheduled: float = 0.0, error: str | None = None
+) -> RequestRecord:
+    """A request with these reads of tokens."""
+    return RequestRecord(
+        index=0,
+        scheduled=scheduled,
+        sent=scheduled,
+        first=arrivals[0][0],
+        first_output=arrivals[0][0],
+        last=arrivals[-1][0],
+        ended=arrivals[-1][0],
+        output_tokens=int(sum(tokens for _, tokens in arrivals)),
+        tokens_at_first=int(arrivals[0][1]),
+        arrivals=arrivals,
+        error=error,
+    )
 
 
 def test_percentiles_interpolate_linearly() -> None:
@@ -99,18 +47,71 @@ def test_percentiles_interpolate_linearly() -> None:
     assert single is not None and single.p50 == single.p99 == 2.0
 
 
-def test_the_steady_window_leaves_ramp_and_drain_out() -> None:
-    """Two workers: full from 1 to 4; the first starts alone, the last ends alone."""
-    first = sampled(0.0, text(0.5, 10), text(2.0, 20))
-    second = sampled(1.0, text(3.0, 10), text(4.0, 20))
-    third = sampled(2.0, text(3.5, 5), text(9.0, 10))
-    assert steady_rate([first, second, third], [], 2) == pytest.approx((10 + 10 + 10 + 5) / 3)
+def test_tpot_weighs_requests_and_itl_weighs_tokens() -> None:
+    """A short slow answer and a long fast one: half the requests, a tenth of the tokens."""
+    slow = answered((1.0, 1), (2.0, 1))
+    fast = answered((1.0, 1), *((1.0 + 0.1 * n, 1) for n in range(1, 10)))
+    assert sorted(values([slow, fast], "tpot")) == pytest.approx([0.1, 1.0])
+    assert np.mean(token_gaps([slow, fast])) == pytest.approx((1.0 + 9 * 0.1) / 10)
 
 
-def test_no_steady_window_if_the_load_was_never_full() -> None:
-    assert steady_rate([sampled(0.0, text(1.0), text(2.0))], [], 4) is None
+def test_a_read_of_several_tokens_is_one_chunk_gap_and_several_token_gaps() -> None:
+    """sglang#12064: under speculation the gaps of chunks are not those of tokens."""
+    record = answered((1.0, 3), (1.4, 4), (1.6, 2))
+    assert chunk_gaps([record]) == pytest.approx([0.4, 0.2])
+    assert token_gaps([record]) == pytest.approx([0.1] * 4 + [0.1] * 2)
+    assert values([record], "tpot") == pytest.approx([0.1])
 
 
-def test_a_failed_request_keeps_the_load_full() -> None:
-    sample = sampled(0.0, text(1.0), text(2.0))
-    assert steady_rate([sample], [Failure(0.0, 2.0, "lost")], 2) == pytest.approx(1.0)
+def test_failures_are_in_no_percentile_and_at_the_end_of_the_tails() -> None:
+    good = [answered((1.0 + n, 1)) for n in range(9)]
+    broken = answered((0.1, 1), error="lost")
+    assert len(values([*good, broken], "ttft")) == 9
+    tail = tail_percentiles(values([*good, broken], "ttft"), 1)
+    assert tail is not None and tail.p50 == 5.5
+    assert tail.p90 is tail.p95 is tail.p99 is None and tail.infinite == ("p90", "p95", "p99")
+    assert tail_percentiles([], 0) is None
+    only = tail_percentiles([], 3)
+    assert only is not None and only.infinite == ("p50", "p90", "p95", "p99")
+
+
+@given(TIMES)
+def test_without_failures_tails_are_percentiles(found: list[float]) -> None:
+    plain, tail = percentiles(found), tail_percentiles(found, 0)
+    if plain is None or tail is None:
+        assert plain is tail is None
+        return
+    assert tail.infinite == ()
+    for key in ("p50", "p90", "p95", "p99"):
+        assert getattr(tail, key) == pytest.approx(getattr(plain, key))
+
+
+@given(TIMES, st.integers(0, 20))
+def test_failures_only_make_tails_longer(found: list[float], failed: int) -> None:
+    before, after = tail_percentiles(found, failed), tail_percentiles(found, failed + 1)
+    assert after is not None
+    for key in ("p50", "p90", "p95", "p99") if before is not None else ():
+        low, high = getattr(before, key), getattr(after, key)
+        assert high is None or (low is not None and high >= low)
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 1), st.integers(1, 5)), min_size=1, max_size=20))
+def test_token_gaps_add_up_to_the_time_after_the_first_read(
+    reads: list[tuple[float, int]],
+) -> None:
+    time, arrivals = 0.0, []
+    for gap, tokens in reads:
+        time += gap
+        arrivals.append((time, float(tokens)))
+    record = answered(*arrivals)
+    gaps = token_gaps([record])
+    assert sum(gaps) == pytest.approx(arrivals[-1][0] - arrivals[0][0])
+    assert len(gaps) == record.output_tokens - record.tokens_at_first
+    if record.tpot is not None:
+        assert record.tpot == pytest.approx(float(np.mean(gaps)))
+
+
+def test_tokens_in_a_window() -> None:
+    records = [answered((1.0, 2), (2.0, 3), (3.0, 5)), answered((2.5, 7), error="lost")]
+    assert tokens_between(records, 1.0, 2.5) == 3, "its start is not of it, and failures are not"
+    assert tokens_between(records, 0.0, 3.0) == 10

@@ -16,7 +16,7 @@ from infopt.core.errors import EngineError, UsageError
 from infopt.core.progress import Progress
 from infopt.core.recipe.serve import ServeSettings
 from infopt.core.server.foreign import foreign_command
-from infopt.core.server.foreign_life import free_port, run_foreign, serve_foreign
+from infopt.core.server.foreign_life import free_port, run_foreign, serve_file, serve_foreign
 
 
 def command(engine: Any, **settings: Any) -> str:
@@ -55,6 +55,26 @@ def test_transformers_words() -> None:
         assert words in found
 
 
+def test_llama_cpps_words() -> None:
+    found = command("llama.cpp", max_running=8, max_batch_tokens=1024, model_name="x")
+    assert found.startswith("llama-server --model m ")
+    for words in ("--parallel 8", "--batch-size 1024", "--alias x"):
+        assert words in found
+    trusting = foreign_command(
+        "llama.cpp", "m", ServeSettings(engine="llama.cpp"), trust_remote_code=True
+    )
+    assert "--trust-remote-code" not in trusting, "a GGUF file brings no code"
+
+
+def test_llama_cpp_is_not_to_be_had_from_pip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(EngineError, match="there is no program 'llama-server'") as caught:
+        serve_file(tmp_path / "m.gguf", ServeSettings(engine="llama.cpp"))
+    assert "build or install llama.cpp" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("engine", "settings", "name"),
     [
@@ -63,6 +83,7 @@ def test_transformers_words() -> None:
         ("vllm", {"deterministic": True}, "deterministic"),
         ("sglang", {"max_idle": 3.0}, "max_idle"),
         ("transformers", {"model_name": "x"}, "model_name"),
+        ("llama.cpp", {"max_model_len": 99}, "max_model_len"),
         ("transformers", {"kv_dtype": "fp8"}, "kv_dtype"),
     ],
 )
