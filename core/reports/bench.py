@@ -1,5 +1,6 @@
 """The report of `infopt bench`."""
 
+from infopt.core.reports.bench_series import BenchSeries
 from infopt.core.reports.schema import Percentiles, Report
 
 
@@ -28,3 +29,5 @@ class BenchReport(Report):
     total_tokens_per_s: float
     token_count_source: str
     """'usage' if the server counted, 'engine' if the engine here did, else 'chunks'; 'mixed'."""
+    series: BenchSeries | None = None
+    """What the page is drawn from."""
