@@ -42,8 +42,8 @@ def check_table(report: CheckReport) -> "RenderableType":
     from rich.table import Table
 
     verdict = "all limits hold" if report.passed else "a limit is missed"
-    title = f"{escape(report.file)}: {verdict}"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    # Of the file nothing: a title is broken to the width of the table.
+    table = Table(title=verdict, title_justify="left", box=None, pad_edge=False)
     for heading in ("", "value", "limit", "margin"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     table.add_column("")

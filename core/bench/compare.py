@@ -97,11 +97,14 @@ def judge(
         [r.index for r in run] for run in map(_ordered, b)
     ]
     runs_drawn = min(len(a), len(b)) >= RUNS_DRAWN and len(a) == len(b)
-    first, second = found.exact(one), found.exact(other)
+    binned = [found.of(each, np.ones((1, len(each.tokens))))[0] for each in (one, other)]
+    first, second = found.exact(one, binned[0]), found.exact(other, binned[1])
     judged = np.array([enough(one, key) and enough(other, key) for key in found.keys])
     with np.errstate(divide="ignore", invalid="ignore"):
         estimates = np.log(second / first)
+        shift = np.log(binned[1] / binned[0]) - estimates
         drawn = _resampled(found, one, other, block, resamples, seed, paired, runs_drawn, progress)
+        drawn -= np.where(np.isfinite(shift), shift, 0.0)  # what binning moves them by
     judged &= ~np.isnan(estimates)
     units = (
         len(a)
@@ -151,15 +154,12 @@ def _resampled(
     runs_drawn: bool,
     progress: ProgressCallback,
 ) -> Floats:
-    """The logarithms of the ratios, less what binning shifts them by: (resamples, figures).
+    """The logarithms of the ratios: (resamples, figures).
 
     Runs are drawn by rounds, one of each side together: what both sides saw of the machine in a
     round stays together. Of requests with a partner, both are drawn.
     """
     generator = np.random.default_rng(seed)
-    whole = [found.of(each, np.ones((1, len(each.tokens)))) for each in (a, b)]
-    shift = np.log(whole[1] / whole[0]) - np.log(found.exact(b) / found.exact(a))
-    shift = np.where(np.isfinite(shift), shift, 0.0)
     rows = max(1, min(resamples, _AT_ONCE // max(len(a.tokens), len(b.tokens))))
     parts = []
     for start in range(0, resamples, rows):
@@ -167,7 +167,7 @@ def _resampled(
         chosen = choose_runs(len(a.lengths), count, generator) if runs_drawn else None
         weights = draw(a.lengths, block, count, generator, chosen=chosen)
         others = weights if paired else draw(b.lengths, block, count, generator, chosen=chosen)
-        parts.append(np.log(found.of(b, others) / found.of(a, weights)) - shift)
+        parts.append(np.log(found.of(b, others) / found.of(a, weights)))
         progress(Progress("resampling", start + count, resamples))
     return np.concatenate(parts)
 

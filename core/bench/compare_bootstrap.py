@@ -221,7 +221,7 @@ def student(deviate: float, freedom: int) -> float:
     low, high = deviate, deviate
     while _student_tail(high, max(freedom, 1)) > tail:
         high *= 2
-    for _ in range(60):
+    for _ in range(40):
         middle = (low + high) / 2
         low, high = (
             (middle, high) if _student_tail(middle, max(freedom, 1)) > tail else (low, middle)

@@ -42,7 +42,7 @@ def _timeline(records: Sequence[RequestRecord]) -> Timeline | None:
     end = max(max(record.ended, record.sent) for record in records)
     if end <= start:
         return None
-    edges = np.linspace(start, end, SLICES + 1)
+    edges: NDArray[np.float64] = np.linspace(start, end, SLICES + 1, dtype=np.float64)
     width = (end - start) / SLICES
     # The integral of the number in flight up to each edge, less that up to the one before.
     sent = np.array([record.sent for record in records])
@@ -66,7 +66,8 @@ def _flown(edges: NDArray[np.float64], since: NDArray[np.float64]) -> NDArray[np
     ordered = np.sort(since)
     sums = np.concatenate([[0.0], np.cumsum(ordered)])
     before = np.searchsorted(ordered, edges)
-    return before * edges - sums[before]
+    found: NDArray[np.float64] = before * edges - sums[before]
+    return found
 
 
 def _rounded(values: NDArray[np.float64]) -> tuple[float, ...]:

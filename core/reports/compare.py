@@ -40,7 +40,7 @@ class CompareReport(Report):
     """Of a sweep."""
     threshold: float
     """Share by which a figure may differ."""
-    slo: dict[str, float] = {}
+    slo: dict[str, float]
     """Limits of goodput, in seconds."""
     metrics: tuple[ComparedMetric, ...]
     verdict: Verdict

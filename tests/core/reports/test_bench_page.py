@@ -150,6 +150,7 @@ def compared(**changes: Any) -> CompareReport:
         "b": ("runs/b",),
         "level": 0,
         "threshold": 0.05,
+        "slo": {},
         "metrics": (
             metric("ttft_s.p50", 1.3, 0.05, "worse"),
             metric("tpot_s.p50", 1.0, 0.01, "equivalent"),
