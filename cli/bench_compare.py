@@ -81,6 +81,7 @@ def compare(
     Exit codes: 0 done, 1 B is worse (--fail-on-regression) or a bench failed, 2 unusable input.
 
     Example: infopt bench compare before after --fail-on-regression
+
     Example: infopt bench compare --run URL_A URL_B -o ab -- --requests 200 --concurrency 8
     """
     from infopt.cli.bench_rounds import bench_rounds, chosen_paths, chosen_targets
