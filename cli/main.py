@@ -10,6 +10,8 @@ import typer
 
 from infopt.cli import (
     bench,
+    bench_check,
+    bench_compare,
     convert,
     distill,
     doctor,
@@ -20,13 +22,31 @@ from infopt.cli import (
     run,
     serve,
 )
+from infopt.cli.group import CommandGroup, Verbs
 from infopt.cli.screen import plain_error, plain_line
 from infopt.core.errors import InfoptError
 
 INTERRUPTED = 130
 
+
+class _Loop(Verbs):
+    order = (
+        "quantize",
+        "prune",
+        "distill",
+        "convert",
+        "evaluate",
+        "profile",
+        "serve",
+        "bench",
+        "run",
+        "doctor",
+    )
+
+
 app = typer.Typer(
     name="infopt",
+    cls=_Loop,
     help="Make LLM inference cheaper and faster, and know that it is.\n\n"
     "profile, compress, evaluate, serve, bench: each step writes a report. "
     "Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
@@ -37,6 +57,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+bench_app = typer.Typer()
+bench_app.callback()(bench.bench)
+bench_app.command("compare")(bench_compare.compare)
+bench_app.command("check")(bench_check.check)
 app.command("quantize")(quantize.quantize)
 app.command("prune")(prune.prune)
 app.command("distill")(distill.distill)
@@ -44,7 +68,13 @@ app.command("convert")(convert.convert)
 app.command("evaluate")(evaluate.evaluate)
 app.command("profile")(profile.profile)
 app.command("serve")(serve.serve)
-app.command("bench")(bench.bench)
+app.add_typer(
+    bench_app,
+    name="bench",
+    cls=CommandGroup,
+    invoke_without_command=True,
+    subcommand_metavar="| COMMAND ...",
+)
 app.command("run")(run.run)
 app.command("doctor")(doctor.doctor)
 

@@ -4,9 +4,12 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from infopt.cli.bench_summary import bench_rows
+from infopt.cli.compared import check_table, compare_table
 from infopt.cli.compressed import distill_rows, kv_heads_rows, medusa_rows, prune_rows
 from infopt.cli.profiled import profile_rows
 from infopt.core.reports.bench import BenchReport
+from infopt.core.reports.check import CheckReport
+from infopt.core.reports.compare import CompareReport
 from infopt.core.reports.convert import ConvertReport
 from infopt.core.reports.distill import DistillReport
 from infopt.core.reports.doctor import DoctorReport
@@ -50,6 +53,10 @@ def summary(report: Report) -> "RenderableType":
             return _table(f"profile of {_name(report)}", profile_rows(report))
         case BenchReport():
             return _table(f"bench of {report.target}", bench_rows(report))
+        case CompareReport():
+            return compare_table(report)
+        case CheckReport():
+            return check_table(report)
         case ServeReport():
             return _table(f"served at {report.url}", _serve_rows(report))
         case RunReport():

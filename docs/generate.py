@@ -42,6 +42,8 @@ VERBS = (
     "profile",
     "serve",
     "bench",
+    "bench compare",
+    "bench check",
     "run",
     "doctor",
 )
@@ -82,7 +84,7 @@ def draw_cli() -> str:
         "# The command line\n",
         "Drawn from the code by `python docs/generate.py`; do not edit.\n",
     ]
-    for words in ([], *([verb] for verb in VERBS)):
+    for words in ([], *(verb.split() for verb in VERBS)):
         screen = io.StringIO()
         with contextlib.redirect_stdout(screen):
             run_app([*words, "--help"])

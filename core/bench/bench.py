@@ -12,6 +12,7 @@ from infopt.core.bench.figures import doubts, level_report
 from infopt.core.bench.level import Load, Ran, Stop, run_level
 from infopt.core.bench.levels import loads, search, trace_load
 from infopt.core.bench.scrape import Scraper, summed
+from infopt.core.bench.series import series
 from infopt.core.bench.sessions import longest, sessions, traced
 from infopt.core.errors import EngineError, UsageError
 from infopt.core.progress import ProgressCallback, silent
@@ -185,6 +186,7 @@ def _report(
         max_goodput=max(met, default=None),
         capacity=capacity,
         server=server,
+        series=series(records),
     )
 
 

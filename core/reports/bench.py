@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from infopt.core.reports.bench_series import BenchSeries
 from infopt.core.reports.schema import Percentiles, Record, Report
 
 
@@ -169,3 +170,5 @@ class BenchReport(LoadFigures, Report):
     """None where the server has no /metrics, or they were not asked for."""
     files: tuple[str, ...] = ()
     """What lies beside the report."""
+    series: BenchSeries | None = None
+    """What the page is drawn from."""

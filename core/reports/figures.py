@@ -126,8 +126,8 @@ def size_quality(points: Sequence[tuple[str, int, float]]) -> Figure:
         "lost against its baseline; lower left is better.",
         x_label="bytes of the weights",
         y_label="change of the NLL, nats a token",
-        x_ticks=tuple((across.place(v), size(v)) for v in _steps(across)),
-        y_ticks=tuple((down.place(v), f"{v:+.3g}" if v else "0") for v in _steps(down)),
+        x_ticks=tuple((across.place(v), size(v)) for v in steps(across)),
+        y_ticks=tuple((down.place(v), f"{v:+.3g}" if v else "0") for v in steps(down)),
         marks=tuple(
             Mark(
                 across.place(float(count)),
@@ -178,7 +178,7 @@ def _linear_scale(values: Sequence[float], start: float, end: float) -> Scale:
     return Scale(low - (spare if low < 0 else 0.0), high + spare, start, end)
 
 
-def _steps(scale: Scale) -> list[float]:
+def steps(scale: Scale) -> list[float]:
     """Round values, about six, within the scale."""
     span = scale.high - scale.low
     rough = span / 6

@@ -68,6 +68,17 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
+class Line:
+    """A line through points in the figure's own units; `wide` stands out, `dashed` is a limit."""
+
+    points: tuple[tuple[float, float], ...]
+    colour: int
+    title: str
+    dashed: bool = False
+    wide: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Key:
     shape: str
     colour: int
@@ -76,7 +87,7 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A plot of marks between axes; ticks are (position, label) in the figure's own units."""
+    """A plot of lines and marks between axes; ticks are (position, label) in the figure's units."""
 
     kind: ClassVar[str] = "figure"
     title: str
@@ -88,6 +99,7 @@ class Figure:
     marks: tuple[Mark, ...]
     legend: tuple[Key, ...]
     note: str = ""
+    lines: tuple[Line, ...] = ()
 
 
 Block = Facts | Notes | Table | Figure

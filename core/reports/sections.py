@@ -6,6 +6,10 @@ from typing import Any
 
 from infopt.core.reports import figures
 from infopt.core.reports.artifacts import artifact_blocks
+from infopt.core.reports.bench import BenchReport
+from infopt.core.reports.bench_sections import bench_sections, bench_title
+from infopt.core.reports.compare import CompareReport
+from infopt.core.reports.compare_sections import compare_sections
 from infopt.core.reports.distill import DistillReport
 from infopt.core.reports.evaluate import EvaluateReport
 from infopt.core.reports.kv_heads import KvHeadsReport
@@ -57,6 +61,10 @@ def title(report: Report) -> str:
             return f"Sensitivity of {_name(report)}"
         case EvaluateReport():
             return f"Quality of {_name(report)}"
+        case BenchReport():
+            return bench_title(report)
+        case CompareReport():
+            return "Comparison of two sides of runs"
         case RunReport():
             return f"Run: {report.recipe}"
     return f"infopt {report.command}" + (f": {report.model.name}" if report.model else "")
@@ -82,6 +90,10 @@ def sections(report: Report) -> tuple[Section, ...]:
         case EvaluateReport():
             table = Section("Size and quality", artifact_blocks(report))
             return (table, Section("Measured", (_plain(report),)))
+        case BenchReport():
+            return bench_sections(report)
+        case CompareReport():
+            return compare_sections(report)
         case RunReport():
             return _run(report)
     return (Section("Findings", (_plain(report),)),)
