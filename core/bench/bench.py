@@ -223,4 +223,4 @@ def provenance() -> dict[str, Origin]:
         if key not in _WORDS:
             told: Origin = "computed" if key in (*_SET, *_COMPUTED) else "measured"
             found[key] = told
-    return found | {"server": "measured"}
+    return found | {"server": "measured", "series": "measured"}

@@ -245,7 +245,7 @@ def static_profile(
     bits: float | None = None,
     kv_8bit: bool = False,
 ) -> StaticProfile:
-    """Everything that the config tells of prefill(batch, prompt_tokens) and of decode at `context`.
+    """What the config tells of prefill(batch, prompt_tokens) and of decode at `context`.
 
     The decode step attends to `context` positions, its own included. `kv_8bit`: keys and values
     are cached in 8 bits. `bits`: of a weight in the layers, where there are no `headers`.
@@ -272,6 +272,11 @@ def static_profile(
             shape, weights, batch=batch, past=past, new=new, dtype_bytes=width, kv_8bit=kv_8bit
         )
 
+    def fits(length: int) -> bool:
+        cached = kv_bytes(shape, batch=batch, context=length, dtype_bytes=width, kv_8bit=kv_8bit)
+        other = memory.total - memory.kv_cache
+        return length <= shape.max_positions and other + cached <= device_memory
+
     memory = need(batch)
     idle = matrix_sizes(shape).get("experts", 0) - active_sizes(shape).get("experts", 0)
     return StaticProfile(
@@ -290,15 +295,7 @@ def static_profile(
         device_memory_bytes=device_memory,
         fits=memory.total <= device_memory,
         largest_batch=largest(lambda size: need(size).total <= device_memory),
-        longest_context=largest(
-            lambda size: (
-                size <= shape.max_positions
-                and need(batch).total
-                - memory.kv_cache
-                + kv_bytes(shape, batch=batch, context=size, dtype_bytes=width, kv_8bit=kv_8bit)
-                <= device_memory
-            )
-        ),
+        longest_context=largest(fits),
         prefill=cost(0, prompt_tokens),
         decode=cost(context - 1, 1),
     )

@@ -164,8 +164,12 @@ def test_6_the_same_through_a_server_a_tenth_as_long(mock: Any) -> None:
     )  # fmt: skip
     assert server.most_in_flight == 1 and report.completed == 8
     assert report.e2e_s is not None and report.lag_s is not None
-    from_sending = np.percentile([r.last - r.sent for r in records if r.last is not None], 99)
-    assert report.e2e_s.p99 == pytest.approx(6.55 * from_sending, rel=0.25)
+    # Each answer takes 50 ms at least and is due 10 ms after the one before: bounds that a slow
+    # machine cannot break.
+    for number, record in enumerate(sorted(records, key=lambda one: one.scheduled)):
+        assert record.e2e is not None and record.e2e >= 0.05 * (number + 1) - 0.01 * number - 0.005
+        assert record.lag >= 0.04 * number - 0.005
+    assert report.e2e_s.max == max(record.e2e for record in records if record.e2e is not None)
     assert report.e2e_s.p99 > 0.3 and report.lag_s.p99 > 0.25
     assert not any("sent" in reason for reason in report.invalid_reasons), "the bound is ours"
 
