@@ -13,6 +13,7 @@ from infopt.core.profiling.subject import Target, static_of, target_of
 from infopt.core.progress import ProgressCallback, silent
 from infopt.core.recipe.profile import ProfileSettings
 from infopt.core.reports.profile import (
+    Drift,
     KvCache,
     MeasuredPhase,
     MemoryTimeline,
@@ -24,6 +25,8 @@ from infopt.core.reports.schema import ModelSummary, Origin
 
 # Runs are called unsteady if their median exceeds the fastest by this factor.
 _UNSTEADY = 1.5
+_DRIFT = 0.15
+"""A speed that differs by more from that of the calibration is told."""
 
 
 def profile(
@@ -157,10 +160,12 @@ def _with_runs(
         "decode": predicted.tpot_s if predicted is not None and by_kernels else None,
     }
     phases = {phase: run.against(ceilings, times[phase]) for phase, run in runs.items()}
+    drifted = _drift(target) if by_kernels else None
     return report.model_copy(
         update={
             **phases,
             "peaks": ceilings,
+            "drift": drifted,
             "provenance": report.provenance | _measured_origins(phases, origin),
             "warnings": (
                 *report.warnings,
@@ -168,6 +173,7 @@ def _with_runs(
                 *notes,
                 *beyond(phases),
                 *_unsteady(phases),
+                *_drifted(drifted),
             ),
         }
     )
@@ -195,6 +201,27 @@ def _peaks(
             target.kind, target.name, dtype, progress=progress, at_least=known.peaks
         )
     return known.peaks, known.origin, known.warnings
+
+
+def _drift(target: Target) -> Drift | None:
+    import torch
+
+    from infopt.core.profiling.drift import drift
+
+    assert target.kernels is not None
+    return drift(target.kernels, torch.device(target.kind))
+
+
+def _drifted(found: Drift | None) -> tuple[str, ...]:
+    """A warning for each speed that has changed since the calibration."""
+    if found is None:
+        return ()
+    return tuple(
+        f"this device now {what} at {share:.0%} of its speed when it was calibrated "
+        f"({found.calibrated_at}): predictions are of then; calibrate again on a quiet machine"
+        for what, share in (("reads", found.reading), ("computes", found.computing))
+        if abs(share - 1) > _DRIFT
+    )
 
 
 def beyond(phases: dict[str, MeasuredPhase]) -> tuple[str, ...]:
@@ -258,4 +285,5 @@ def _measured_origins(phases: dict[str, MeasuredPhase], peaks: Origin) -> dict[s
         for key in ("tokens", "flops", "bytes", "roofline_seconds"):
             found[f"{phase}.{key}"] = "computed"
         found[f"{phase}.predicted_seconds"] = "calibrated"
+    found["drift"] = "measured"
     return found

@@ -187,6 +187,14 @@ class CalibrationTable(Record):
     conditions: dict[str, str]
 
 
+class Drift(Record):
+    """This device's speed now over that when its kernels were calibrated."""
+
+    reading: float
+    computing: float
+    calibrated_at: str
+
+
 class ProfileReport(Report):
     command: str = "profile"
     static: StaticProfile
@@ -200,5 +208,7 @@ class ProfileReport(Report):
     trace: str | None = None
     """The file of the trace."""
     calibration: CalibrationTable | None = None
+    drift: Drift | None = None
+    """Where phases were measured beside their prediction."""
     only: str | None = None
     """'kv' where nothing but the cache was asked for."""

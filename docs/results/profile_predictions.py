@@ -4,7 +4,8 @@
     python docs/results/profile_predictions.py [--model DIR] [--output predictions.jsonl]
 
 Decode at batch 1, 4, 16 and contexts 128, 1024; prefill of 128, 512 and 1024 tokens; each the
-median of its runs. The kernels that the predictions follow were measured before, on other shapes.
+median of its runs. The kernels that the predictions follow were measured before, on other shapes;
+beside each row stands what a reading and a computing product do now over what they did then.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from infopt.core.artifact.locate import locate
 from infopt.core.artifact.read import Artifact
 from infopt.core.hardware.probe import probe
 from infopt.core.libraries import share_cores
+from infopt.core.profiling.drift import drift
 from infopt.core.profiling.shape import shape_of
 from infopt.core.profiling.subject import static_of, target_of
 from infopt.core.profiling.timer import repeat
@@ -63,6 +65,12 @@ def row(
     told = static.predicted
     assert told is not None and told.source == "kernels", "run infopt profile --calibrate before"
     predicted = told.tpot_s if phase == "decode" else told.ttft_s
+    from torch import device
+
+    kernels = target_of(settings, probe()).kernels
+    assert kernels is not None
+    now = drift(kernels, device("cpu"))
+    assert now is not None
     found = {
         "format": name,
         "phase": phase,
@@ -71,6 +79,8 @@ def row(
         "predicted_ms": 1e3 * predicted,
         "measured_ms": 1e3 * measured,
         "off": measured / predicted - 1,
+        "reading_now": now.reading,
+        "computing_now": now.computing,
     }
     print(json.dumps(found), flush=True)
     return found

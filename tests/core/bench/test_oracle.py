@@ -166,10 +166,10 @@ def test_6_the_same_through_a_server_a_tenth_as_long(mock: Any) -> None:
     assert report.e2e_s is not None and report.lag_s is not None
     # Each answer takes 50 ms at least and is due 10 ms after the one before: bounds that a slow
     # machine cannot break.
-    for number, record in enumerate(sorted(records, key=lambda one: one.scheduled)):
-        assert record.e2e is not None and record.e2e >= 0.05 * (number + 1) - 0.01 * number - 0.005
-        assert record.lag >= 0.04 * number - 0.005
-    assert report.e2e_s.max == max(record.e2e for record in records if record.e2e is not None)
+    for number, one in enumerate(sorted(records, key=lambda found: found.scheduled)):
+        assert one.e2e is not None and one.e2e >= 0.05 * (number + 1) - 0.01 * number - 0.005
+        assert one.lag >= 0.04 * number - 0.005
+    assert report.e2e_s.max == max(one.e2e for one in records if one.e2e is not None)
     assert report.e2e_s.p99 > 0.3 and report.lag_s.p99 > 0.25
     assert not any("sent" in reason for reason in report.invalid_reasons), "the bound is ours"
 

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from infopt.core.artifact.read import read_artifact
+from infopt.core.quantization.quantize import quantize
+from infopt.core.recipe.quantize import QuantizeSettings
 from infopt.core.recipe.serve import EngineSettings
 from infopt.core.runtime.llm import LLM
 from infopt.core.runtime.request import SamplingParams
@@ -21,14 +23,49 @@ PAIRS = [
 ]
 
 
+FORMATS: dict[str, dict[str, Any]] = {
+    "gptq": {"method": "rtn", "bits": 4, "group_size": 32, "format": "gptq"},
+    "awq": {
+        "method": "rtn", "bits": 4, "group_size": 32, "symmetric": False, "format": "awq",
+    },
+    "compressed-tensors, packed": {
+        "method": "rtn", "bits": 4, "group_size": 32, "format": "compressed-tensors",
+    },
+    "compressed-tensors, W8A8-int8": {"method": "rtn", "scheme": "W8A8-int8"},
+    "compressed-tensors, W8A8-fp8": {"method": "fp8"},
+    "fp8, blocks": {"method": "fp8", "fp8": "block"},
+    "bitsandbytes, int8": {"method": "llm-int8"},
+    "bitsandbytes, nf4": {"method": "nf4"},
+}  # fmt: skip
+
+
 def test_loglikelihoods_are_those_in_process(server: Any, tiny_model: Path) -> None:
+    compare(server.url, tiny_model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
+def test_the_same_after_each_format(
+    launch: Any, tiny_model: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    model = tmp_path / "quantized"
+    quantize(read_artifact(tiny_model), model, QuantizeSettings.model_validate(options))
+    running = launch(model=model).ready()
+    try:
+        compare(running.url, model)
+    finally:
+        assert running.stop() == 0
+
+
+def compare(url: str, model: Path) -> None:
+    """What lm-eval is told over HTTP, and what the engine says in process."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     served = LocalCompletionsAPI(
         model="tiny",
-        base_url=f"{server.url}/v1/completions",
-        tokenizer=str(tiny_model),
+        base_url=f"{url}/v1/completions",
+        tokenizer=str(model),
         tokenizer_backend="huggingface",
         tokenized_requests=True,
         batch_size=4,
@@ -36,7 +73,7 @@ def test_loglikelihoods_are_those_in_process(server: Any, tiny_model: Path) -> N
     )
     asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(PAIRS)]
     told = served.loglikelihood(asked)
-    llm = LLM(read_artifact(tiny_model), EngineSettings(kv_blocks=64, dtype="float32"))
+    llm = LLM(read_artifact(model), EngineSettings(kv_blocks=64, dtype="float32"))
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
     for (context, continuation), (score, greedy) in zip(PAIRS, told, strict=True):
         if context:

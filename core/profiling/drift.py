@@ -1,0 +1,38 @@
+"""Whether a device still does what it did when it was calibrated."""
+
+import torch
+from torch.nn.functional import linear
+
+from infopt.core.hardware.kernel_times import KernelTimes, product_seconds
+from infopt.core.profiling.timer import repeat
+from infopt.core.reports.profile import Drift
+
+_RUNS = 9
+# One that reads a weight larger than most caches, one that computes.
+_READING, _COMPUTING = (1, 32768, 1024), (256, 2048, 2048)
+
+
+def drift(kernels: KernelTimes, device: torch.device) -> Drift | None:
+    """Two products now over what they took then; None where they were not measured."""
+    reading = _share(kernels, device, *_READING)
+    computing = _share(kernels, device, *_COMPUTING)
+    if reading is None or computing is None:
+        return None
+    return Drift(reading=reading, computing=computing, calibrated_at=kernels.measured_at)
+
+
+def _share(kernels: KernelTimes, device: torch.device, m: int, n: int, k: int) -> float | None:
+    dense = [one for one in kernels.products if one.format == "dense"]
+    if not any((one.m, one.n, one.k) == (m, n, k) for one in dense):
+        return None
+    then = product_seconds(dense, m, n, k)
+    assert then is not None
+    dtype = getattr(torch, kernels.dtype)
+    x, weight = (torch.randn(rows, k, device=device).to(dtype) for rows in (m, n))
+
+    def work() -> None:
+        linear(x, weight)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return then / repeat(work, warmup=2, runs=_RUNS).median
