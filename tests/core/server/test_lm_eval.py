@@ -49,12 +49,27 @@ def test_the_same_after_each_format(
     launch: Any, tiny_model: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     model = tmp_path / "quantized"
-    quantize(read_artifact(tiny_model), model, QuantizeSettings.model_validate(options))
+    source = wider(tiny_model, tmp_path / "wide") if options.get("fp8") == "block" else tiny_model
+    quantize(read_artifact(source), model, QuantizeSettings.model_validate(options))
     running = launch(model=model).ready()
     try:
         compare(running.url, model)
     finally:
         assert running.stop() == 0
+
+
+def wider(tiny_model: Path, folder: Path) -> Path:
+    """Blocks of 128 by 128 want sides that they divide."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig.from_pretrained(tiny_model)
+    config.hidden_size = config.intermediate_size = 128
+    config.head_dim, config.num_key_value_heads = 32, 4
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
 
 
 def compare(url: str, model: Path) -> None:
