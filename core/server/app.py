@@ -144,7 +144,7 @@ def create_app(service: Service, cors_origins: Sequence[str] = ()) -> ASGIApp:
     async def completions(request: Request, body: CompletionRequest) -> Response:
         service.check_model(body.model)
         prompts = await service.prompts.of_completion(body)
-        asked = body.max_tokens or COMPLETION_TOKENS
+        asked = body.asked_tokens or COMPLETION_TOKENS
         room = [service.prompts.room(prompt, asked, "prompt") for prompt in prompts]
         params = [body.params(tokens) for tokens in room]
         echo = None
@@ -161,8 +161,7 @@ def create_app(service: Service, cors_origins: Sequence[str] = ()) -> ASGIApp:
         service.check_model(body.model)
         prompt = await service.prompts.of_chat(body.messages, body.usable_tools)
         tools = await service.prompts.tools_of(body, service.tool_parser)
-        asked = body.max_completion_tokens or body.max_tokens
-        room = service.prompts.room(prompt, asked, "messages")
+        room = service.prompts.room(prompt, body.asked_tokens, "messages")
         params = body.params(room, tools.grammar() if tools else None)
         short = tools is not None and tools.form.short_ids
         shape = ChatShape(service.model, service.prompts.tokenizer, bool(body.logprobs), short)

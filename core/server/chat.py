@@ -128,7 +128,6 @@ class ChatRequest(Body):
     }
 
     messages: Messages
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Tools | None = None
@@ -139,9 +138,6 @@ class ChatRequest(Body):
     def _agree(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
             raise refused("top_logprobs", "needs logprobs: true")
-        given = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(given) == 2:
-            raise refused("max_tokens", "contradicts max_completion_tokens")
         return self
 
     @model_validator(mode="after")

@@ -103,6 +103,8 @@ class Body(Given):
     METADATA = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    """The same by its newer name, which clients send to either endpoint."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stop: Stop = []
@@ -131,6 +133,17 @@ class Body(Given):
     cache_salt: str = ""
     """What was computed for a beginning is shared only with requests of the same salt."""
     skip_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> "Body":
+        if len({self.max_tokens, self.max_completion_tokens} - {None}) == 2:
+            raise refused("max_tokens", "contradicts max_completion_tokens")
+        return self
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """The limit, by whichever name it was given."""
+        return self.max_completion_tokens or self.max_tokens
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> "Body":

@@ -44,6 +44,10 @@ def test_the_two_names_of_a_limit(client: openai.OpenAI) -> None:
         answer = client.chat.completions.create(extra_body=extra, **ask)
         assert answer.usage is not None and answer.usage.completion_tokens == 7
         assert answer.choices[0].finish_reason == "length"
+        # Load generators send both, to either endpoint.
+        both = extra | {"max_tokens": 7, "max_completion_tokens": 7}
+        plain = client.completions.create(model="tiny", prompt="a", extra_body=both)
+        assert plain.usage is not None and plain.usage.completion_tokens == 7
 
 
 def test_tokens_that_end_an_answer(client: openai.OpenAI, tokenizer: Any) -> None:
