@@ -116,12 +116,13 @@ def profile(
 
 
 def perform(work: "Work") -> "Report":
+    from infopt.core.profiling.plan import plan_profile
     from infopt.core.profiling.profile import profile as door
 
-    plan(work)  # what cannot be is told before the weights are loaded
     settings, runner = work.settings, None
-    table = _calibrate(work) if settings.calibrate else None
     artifact = _artifact(work)
+    plan_profile(artifact, settings)  # what cannot be is told before the weights are loaded
+    table = _calibrate(work) if settings.calibrate else None
     if settings.measures:
         from infopt.core.runtime.phases import PhaseRunner
 
@@ -155,12 +156,12 @@ def _engine(work: "Work") -> "EngineSettings":
 
 def _artifact(work: "Work") -> "Artifact":
     """The model; of one that is only counted, a config.json is enough."""
-    bare = work.settings.static or work.settings.kv
-    if not bare or not isinstance(work.model, str):
-        return work.artifact
-    from infopt.core.artifact.locate import locate_config
+    if (work.settings.static or work.settings.kv) and isinstance(work.model, str):
+        from infopt.core.artifact.locate import bare_config
 
-    return locate_config(work.model, progress=work.screen.progress)
+        if (found := bare_config(work.model)) is not None:
+            return found
+    return work.artifact
 
 
 def plan(work: "Work") -> "Plan":

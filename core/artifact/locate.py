@@ -45,20 +45,16 @@ def locate(
     )
 
 
-def locate_config(
-    model: str | None,
-    *,
-    progress: ProgressCallback = silent,
-    trust_remote_code: bool = False,
-) -> Artifact:
-    """As `locate`, and also a config.json alone: a file, or a directory without weights."""
-    path = Path(model).expanduser() if model and model != "default" else None
-    if path is not None and path.suffix == ".json" and path.is_file():
+def bare_config(model: str) -> Artifact | None:
+    """A config.json alone, as a file or in a directory without weights; None for all else."""
+    if model == "default":  # the embedded model, whatever lies here under that name
+        return None
+    path = Path(model).expanduser()
+    if path.suffix == ".json" and path.is_file():
         return read_config(path)
-    bare = path is not None and (path / CONFIG).is_file() and not any(path.glob("*.safetensors*"))
-    if path is not None and bare:
+    if (path / CONFIG).is_file() and not any(path.glob("*.safetensors*")):
         return read_config(path / CONFIG)
-    return locate(model, progress=progress, trust_remote_code=trust_remote_code)
+    return None
 
 
 def default_model_path() -> Path | None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infopt.core.bench.compare_bootstrap import Floats, binned_quantiles, quantiles
+from infopt.core.bench.slo import is_good
 from infopt.core.reports.requests import RequestRecord
 
 SHARES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
@@ -58,7 +59,7 @@ def side(runs: Sequence[Sequence[RequestRecord]], limits: Mapping[str, float]) -
         gap_owners=np.repeat(np.array([float(owner) for _, _, owner in gaps]), counts),
         tokens=np.array([float(record.output_tokens) for record in records]),
         elapsed=np.concatenate([_elapsed(run) for run in ordered]),
-        good=np.array([_good(record, limits) for record in records]) if limits else None,
+        good=np.array([float(is_good(record, limits)) for record in records]) if limits else None,
     )
 
 
@@ -76,13 +77,6 @@ def _elapsed(run: Sequence[RequestRecord]) -> Floats:
     found = np.empty(len(run))
     found[order] = np.diff(ended[order], prepend=min(record.scheduled for record in run))
     return found
-
-
-def _good(record: RequestRecord, limits: Mapping[str, float]) -> float:
-    """1.0 where it completed within every limit; a time that it does not have breaks none."""
-    values = ((getattr(record, name), limit) for name, limit in limits.items())
-    kept = all(value is None or value <= limit for value, limit in values)
-    return float(record.completed and kept)
 
 
 @dataclass(frozen=True, slots=True)

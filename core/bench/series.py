@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from infopt.core.bench.metrics import values
 from infopt.core.reports.bench_series import BenchSeries, Distribution, Timeline
 from infopt.core.reports.requests import RequestRecord
 
@@ -25,13 +26,12 @@ def _distributions(records: Sequence[RequestRecord]) -> Iterator[Distribution]:
     levels = sorted({record.level for record in records})
     step = -(-len(levels) // LEVELS) or 1
     for level in levels[::step]:
-        of_level = [record for record in records if record.level == level and record.completed]
+        of_level = [record for record in records if record.level == level]
         for name in LATENCIES:
-            found = [getattr(record, name) for record in of_level]
-            values = [value for value in found if value is not None]
-            if values:
-                shares = np.linspace(0, 1, min(POINTS, len(values)))
-                at = tuple(float(f"{value:.6g}") for value in np.quantile(values, shares))
+            found = values(of_level, name)
+            if found:
+                shares = np.linspace(0, 1, min(POINTS, len(found)))
+                at = tuple(float(f"{value:.6g}") for value in np.quantile(found, shares))
                 yield Distribution(level=level, name=name, values=at)
 
 

@@ -6,6 +6,7 @@ from statistics import fmean, pstdev
 
 import numpy as np
 
+from infopt.core.bench.metrics import values
 from infopt.core.bench.window import flight_integral
 from infopt.core.reports.bench import LittlesLaw
 from infopt.core.reports.requests import RequestRecord
@@ -48,7 +49,7 @@ def invalid_reasons(
     max_failed: float,
 ) -> Iterator[str]:
     """Why the figures of a level are not to be used; nothing where they are."""
-    ttfts = [r.ttft for r in records if r.completed and r.ttft is not None]
+    ttfts = values(records, "ttft")
     failed = sum(not record.completed for record in records)
     if failed > max_failed * len(records):
         yield (
@@ -84,5 +85,5 @@ def _late(
         )
 
 
-def _p99(values: Sequence[float]) -> float:
-    return float(np.percentile(values, 99))
+def _p99(found: Sequence[float]) -> float:
+    return float(np.percentile(found, 99))

@@ -11,9 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from infopt.core.files import write_atomically
 from infopt.core.hardware.calibration import calibration_file
 
-WIDE = 1.0
-"""Products with more outputs than inputs are told apart from the others."""
-
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -6,14 +6,10 @@ from time import perf_counter
 
 import torch
 
-from infopt.core.hardware.kernel_times import (
-    KernelTimes,
-    StepTime,
-    store_kernel_times,
-)
+from infopt.core.hardware.kernel_times import KernelTimes, StepTime, store_kernel_times
 from infopt.core.profiling.kernels import layer_times, product_times
-from infopt.core.profiling.last_level_cache import ASSUMED, last_level_cache
-from infopt.core.profiling.peaks import device_peaks
+from infopt.core.profiling.last_level_cache import ASSUMED
+from infopt.core.profiling.peaks import cache_bytes, device_peaks
 from infopt.core.profiling.predict import layers_seconds
 from infopt.core.profiling.shape import ModelShape, shape_of
 from infopt.core.profiling.subject import Target
@@ -44,7 +40,7 @@ def calibrate_device(
     device, dtype = torch.device(target.kind), getattr(torch, target.dtype)
     threads = torch.get_num_threads() if target.kind == "cpu" else 1
     peaks = device_peaks(target.kind, target.name, target.dtype, progress=progress, anew=True)
-    cache = _cache(device)
+    cache = cache_bytes(device) or ASSUMED
     products = tuple(product_times(device, dtype, cache_bytes=cache, progress=progress))
     layers = tuple(layer_times(device, dtype, progress=progress))
     record = KernelTimes(
@@ -77,9 +73,3 @@ def calibrate_device(
 
 def _own(seconds: float, record: KernelTimes, shape: ModelShape, batch: int) -> float:
     return max(_LEAST, seconds - layers_seconds(record, shape, batch, 1, _CONTEXT))
-
-
-def _cache(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).L2_cache_size)
-    return last_level_cache() or ASSUMED

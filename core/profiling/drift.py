@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import linear
 
-from infopt.core.hardware.kernel_times import KernelTimes, product_seconds
+from infopt.core.hardware.kernel_times import KernelTimes
 from infopt.core.profiling.timer import repeat
 from infopt.core.reports.profile import Drift
 
@@ -22,11 +22,10 @@ def drift(kernels: KernelTimes, device: torch.device) -> Drift | None:
 
 
 def _share(kernels: KernelTimes, device: torch.device, m: int, n: int, k: int) -> float | None:
-    dense = [one for one in kernels.products if one.format == "dense"]
-    if not any((one.m, one.n, one.k) == (m, n, k) for one in dense):
+    same = (one for one in kernels.products if (one.m, one.n, one.k) == (m, n, k))
+    then = next((one.seconds for one in same if one.format == "dense"), None)
+    if then is None:
         return None
-    then = product_seconds(dense, m, n, k)
-    assert then is not None
     dtype = getattr(torch, kernels.dtype)
     x, weight = (torch.randn(rows, k, device=device).to(dtype) for rows in (m, n))
 

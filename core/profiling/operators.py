@@ -1,7 +1,6 @@
 """Where a step's time goes: each operator of a decoder timed as the runtime calls it."""
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, cast
@@ -137,6 +136,3 @@ def _mlp(mlp: FeedForward, clock: Clock, index: int) -> FeedForward:
         case _:
             return cast(FeedForward, _Timed(mlp, clock, "experts", index))
     return cast(FeedForward, _Timed(inner, clock, _MLP, index))
-
-
-Wrap = Callable[[Decoder], Decoder]

@@ -49,7 +49,7 @@ def device_peaks(
         return KnownPeaks(_as_peaks(record), "calibrated", (*told, *_busy(record)))
     load = _load()
     kind = torch.device(device)
-    cache = _cache_bytes(kind)
+    cache = cache_bytes(kind)
     ceilings = measure_ceilings(
         kind, getattr(torch, dtype), cache_bytes=cache or ASSUMED, progress=progress
     )
@@ -110,7 +110,8 @@ def _words(rate: Rate, unit: str) -> str:
     return f"best {rate.best / 1e9:.1f}, median {rate.median / 1e9:.1f} {unit}"
 
 
-def _cache_bytes(device: torch.device) -> int | None:
+def cache_bytes(device: torch.device) -> int | None:
+    """Of the last-level cache; None where it is not known."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     return last_level_cache()

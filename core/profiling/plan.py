@@ -1,11 +1,11 @@
 """What `profile` would do, the memory and, on a calibrated device, the time that it would take."""
 
 from infopt.core.artifact.read import Artifact
-from infopt.core.hardware.calibration import load_calibration
 from infopt.core.hardware.probe import probe
+from infopt.core.profiling.energy import energy_counter
 from infopt.core.profiling.measure import DECODE_WARMUP, PREFILL_WARMUP
 from infopt.core.profiling.shape import shape_of
-from infopt.core.profiling.subject import RESERVE, expected_threads, static_of, target_of
+from infopt.core.profiling.subject import RESERVE, static_of, target_of
 from infopt.core.recipe.profile import ProfileSettings
 from infopt.core.reports.schema import Plan
 
@@ -16,9 +16,10 @@ _CALIBRATION_SECONDS = 120.0
 
 def plan_profile(artifact: Artifact, settings: ProfileSettings) -> Plan:
     """Raises what `profile` would raise of settings and model."""
-    machine = probe()
-    target = target_of(settings, machine)
+    target = target_of(settings, probe())
     static = static_of(artifact, shape_of(artifact.config), settings, target)
+    if settings.energy:
+        energy_counter(target.kind)
     actions = ["count parameters, FLOPs, bytes and memory from the config and the weights' headers"]
     seconds: float | None = 0.0
     speed = target.speed
@@ -35,9 +36,8 @@ def plan_profile(artifact: Artifact, settings: ProfileSettings) -> Plan:
         actions.append(f"run {runs} decode steps of {settings.batch} x 1 token")
         seconds = _add(seconds, runs * static.decode.bytes, speed.bytes_per_s if speed else None)
     if with_prefill or with_decode:
-        threads = expected_threads(machine) if target.kind == "cpu" else 1
-        record, _ = load_calibration(target.name, target.dtype, threads)
-        stored = f"of {record.measured_at}" if record else "measured now and stored"
+        known = target.measured_at
+        stored = f"of {known}" if known else "measured now and stored"
         actions.append(f"compare with the peaks of {target.name} in {target.dtype}, {stored}")
     if settings.trace is not None:
         actions.append(f"write a trace to {settings.trace}")

@@ -5,6 +5,7 @@ kernels (infopt profile --calibrate) its products are looked up in what was meas
 format, and what a layer does beside them follows a fit of what layers took.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -117,14 +118,15 @@ class _ByKernels:
         tokens = batch * new
         hidden = self.shape.hidden_size
         found = 0.0
-        for layer in self.shape.layers:
+        for layer, count in Counter(self.shape.layers).items():
             products = (
                 ("qkv", layer.qkv // hidden, hidden),
                 ("o", hidden, layer.o // hidden),
                 ("gate_up", layer.wide // hidden, hidden),
                 ("down", hidden, layer.down // hidden),
             )
-            found += sum(self._product(name, tokens, n, k) for name, n, k in products if n and k)
+            each = (self._product(name, tokens, n, k) for name, n, k in products if n and k)
+            found += count * sum(each)
         found += self._product("lm_head", batch, self.shape.vocab_size, self.shape.embedding_size)
         found += layers_seconds(self.kernels, self.shape, batch, new, context)
         return found + step_seconds(self.kernels, batch, self.shape.vocab_size)
@@ -149,8 +151,8 @@ def layers_seconds(
     weights = nonnegative_fit(features, np.array([one.seconds for one in alike]))
     inner, hidden = shape.mlp_width, shape.hidden_size
     return sum(
-        float(weights @ _features(layer, batch, new, context, hidden, inner))
-        for layer in shape.layers
+        count * float(weights @ _features(layer, batch, new, context, hidden, inner))
+        for layer, count in Counter(shape.layers).items()
     )
 
 

@@ -8,7 +8,7 @@ from infopt.core.profiling.energy import energy_counter
 from infopt.core.profiling.measure import Run, Runner, read_weights, run_phases
 from infopt.core.profiling.memory import MemorySampler, memory_reader
 from infopt.core.profiling.shape import ModelShape, shape_of
-from infopt.core.profiling.static import kv_bytes_per_token
+from infopt.core.profiling.static import dtype_size, kv_bytes_per_token
 from infopt.core.profiling.subject import Target, static_of, target_of
 from infopt.core.progress import ProgressCallback, silent
 from infopt.core.recipe.profile import ProfileSettings
@@ -103,9 +103,8 @@ def _summary(artifact: Artifact, static: StaticProfile) -> ModelSummary:
 
 def _kv_cache(shape: ModelShape, settings: ProfileSettings, static: StaticProfile) -> KvCache:
     layer = shape.layers[0]
-    in_8_bits = static.kv_bytes_per_token != kv_bytes_per_token(
-        shape, {"float32": 4, "bfloat16": 2, "float16": 2}[static.dtype]
-    )
+    plain = kv_bytes_per_token(shape, dtype_size(static.dtype))
+    in_8_bits = static.kv_bytes_per_token != plain
     kept = settings.kv_dtype if settings.kv_dtype != "auto" else "8 bits"
     windows = sorted({one.window for one in shape.layers if one.window is not None})
     if layer.latent_pair_flops:

@@ -37,6 +37,8 @@ class Target:
     kernels: KernelTimes | None
     origin: Origin
     """Of its speed."""
+    measured_at: str | None = None
+    """When that was, where it was measured."""
     notes: tuple[str, ...] = ()
 
 
@@ -57,6 +59,7 @@ def target_of(settings: ProfileSettings, machine: Machine) -> Target:
         speed=Speed(record.flops_per_s, record.bytes_per_s) if record else None,
         kernels=load_kernel_times(name, dtype, threads) if record else None,
         origin="calibrated",
+        measured_at=record.measured_at if record else None,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from infopt.core.artifact.locate import locate_config
+from infopt.core.artifact.locate import bare_config
 from infopt.core.errors import UnsupportedError, UsageError
 from infopt.core.profiling.profile import profile
 from infopt.core.profiling.stored import runtime_format, stored_bits
@@ -33,7 +33,9 @@ def config(tmp_path: Path) -> Path:
 
 def static(config: Path, **values: Any) -> ProfileReport:
     settings = {"static": True, "device": "H100 SXM", "context": 4096} | values
-    return profile(locate_config(str(config)), ProfileSettings.model_validate(settings))
+    artifact = bare_config(str(config))
+    assert artifact is not None
+    return profile(artifact, ProfileSettings.model_validate(settings))
 
 
 def test_a_config_alone_is_enough(config: Path) -> None:
