@@ -131,6 +131,15 @@ def serve(
             metavar="FILE",
         ),
     ] = None,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--otlp-endpoint",
+            help="Send each request's spans to this OpenTelemetry collector.",
+            show_default="none",
+            metavar="URL",
+        ),
+    ] = None,
     tls_cert: Annotated[
         str | None,
         typer.Option(
@@ -201,6 +210,7 @@ def serve(
         "drain_timeout": drain_timeout,
         "max_idle": max_idle,
         "log_file": log_file,
+        "otlp_endpoint": otlp_endpoint,
         "tls_cert": tls_cert,
         "tls_key": tls_key,
         "cors_origins": tuple(cors_origin) if cors_origin else None,

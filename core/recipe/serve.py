@@ -113,6 +113,8 @@ class ServeSettings(EngineSettings):
     one."""
     log_file: str | None = None
     """A line of JSON for each request goes there; - is the standard error."""
+    otlp_endpoint: str | None = None
+    """Of an OpenTelemetry collector (OTLP over HTTP), which is sent each request's spans."""
     tls_cert: str | None = None
     """A certificate chain in PEM: HTTPS in place of HTTP."""
     tls_key: str | None = None

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -27,6 +28,15 @@ OPEN = frozenset({"/", "/health", "/ready", "/version", "/metrics", "/favicon.ic
 """Paths that need no key."""
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 _TIMEOUT = "x-request-timeout"
+_TRACE = ("traceparent", "tracestate")
+
+
+class Tracing(Protocol):
+    """Where visits are told of when they are over."""
+
+    def visit(self, visit: Visit) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -36,6 +46,7 @@ class House:
     gate: Gate
     metrics: Metrics
     log: RequestLog
+    tracing: Tracing | None = None
     keys: Keys | None = None
     max_body_bytes: int = 16 * 2**20
     request_timeout: float = 600.0
@@ -63,7 +74,8 @@ class Doorway:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        visit = Visit(_id(headers), scope["method"], scope["path"])
+        trace = {name: headers[name] for name in _TRACE if name in headers}
+        visit = Visit(_id(headers), scope["method"], scope["path"], trace=trace)
         scope.setdefault("state", {})["visit"] = visit
         house = self._house
         house.visits.add(visit)
@@ -92,6 +104,8 @@ class Doorway:
             path = visit.path if visit.path in self._paths else "other"
             house.metrics.responded(path, visit.status or 499, visit.client)
             house.log.visit(visit)
+            if house.tracing is not None:
+                house.tracing.visit(visit)
 
     def _admit(self, visit: Visit, headers: Headers) -> None:
         """Raise ApiError for who may not come in; begin what has to end with the visit."""

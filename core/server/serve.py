@@ -28,7 +28,7 @@ try:
 
     from infopt.core.server.admission import Bounds, Gate
     from infopt.core.server.app import Service, create_app
-    from infopt.core.server.doorway import House
+    from infopt.core.server.doorway import House, Tracing
     from infopt.core.server.engine_life import engine
     from infopt.core.server.keys import read_keys
     from infopt.core.server.life import Stop, drained, slumber, stop_signals
@@ -68,6 +68,8 @@ def serve(
     keys = read_keys(settings.api_key_file)
     _check_tls(settings)
     log = RequestLog.open(settings.log_file)
+    model = settings.model_name or artifact.name
+    tracing = _tracing(settings, model, progress)
     with _bound(settings.host, settings.port) as listener:
         if not _is_loopback(listener) and keys is None:
             progress(
@@ -77,13 +79,14 @@ def serve(
                     "whoever reaches the port can use the model",
                 )
             )
-        model = settings.model_name or artifact.name
         cache = {"block_size": str(settings.block_size), "kv_dtype": settings.kv_dtype}
         gate = Gate(_bounds(settings, None))
-        house = House(gate, Metrics(model, cache), log, keys)
+        house = House(gate, Metrics(model, cache), log, tracing, keys)
         _set_limits(house, settings)
         with suppress(asyncio.CancelledError):  # a signal while loading
             asyncio.run(_serve(artifact, settings, listener, house, progress, reload))
+    if tracing is not None:
+        tracing.close()
     log.close()
 
 
@@ -179,6 +182,17 @@ async def _warm_up(engine: Supervisor, max_model_len: int) -> None:
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
     async for _ in engine.generate([0], params):
         pass
+
+
+def _tracing(settings: ServeSettings, model: str, progress: ProgressCallback) -> Tracing | None:
+    """Raises MissingExtraError, and UsageError for an address that is none."""
+    if settings.otlp_endpoint is None:
+        return None
+    from infopt.core.server.tracing import exporting  # a package of an extra of its own
+
+    return exporting(
+        settings.otlp_endpoint, model, lambda note: progress(Progress("warning", note=note))
+    )
 
 
 def _bounds(settings: ServeSettings, limits: Limits | None) -> Bounds:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
@@ -14,6 +14,18 @@ ANYONE = "anyone"
 """Whoever asks a server without keys."""
 
 
+@dataclass(slots=True)
+class Passage:
+    """One prompt's way through the engine, in times of the steady clock; None did not happen."""
+
+    began: float
+    waited: float | None = None
+    """Seconds in the engine's queue."""
+    first: float | None = None
+    """When the first token of any of its answers came."""
+    ended: float | None = None
+
+
 @dataclass(slots=True, eq=False)
 class Visit:
     """Told by the routes, read by logs and metrics; `close` gives back all that it held."""
@@ -22,6 +34,8 @@ class Visit:
     method: str
     path: str
     key: Key | None = None
+    trace: Mapping[str, str] = field(default_factory=dict)
+    """The headers that say which trace it belongs to."""
     received: float = field(default_factory=time.monotonic)
     until: "asyncio.Future[Exception]" = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
@@ -33,6 +47,8 @@ class Visit:
     output_tokens: int = 0
     first_token: float | None = None
     """When the first token of any answer came."""
+    passages: list[Passage] = field(default_factory=list)
+    """Of its prompts."""
     finish_reasons: list[str] = field(default_factory=list)
     fault: str | None = None
     working: bool = False

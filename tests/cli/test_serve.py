@@ -33,6 +33,7 @@ OTHERS: list[dict[str, Any]] = [
         "drain_timeout": 0.0,
         "max_idle": 60.0,
         "log_file": "-",
+        "otlp_endpoint": "http://127.0.0.1:4318",
         "tls_cert": "a.pem",
         "tls_key": "b.pem",
         "cors_origins": ("https://a.example", "*"),

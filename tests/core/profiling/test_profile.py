@@ -105,7 +105,7 @@ def test_both_phases_carry_both_metrics(artifact: Artifact) -> None:
         (report.decode, report.static.decode),
     ):
         assert phase is not None
-        assert 0.01 <= phase.seconds_min <= phase.seconds < 0.1
+        assert 0.01 <= phase.seconds_min <= phase.seconds
         assert (phase.tokens, phase.flops, phase.bytes) == (cost.tokens, cost.flops, cost.bytes)
         assert phase.flops_per_s == pytest.approx(cost.flops / phase.seconds)
         assert phase.mfu == pytest.approx(cost.flops / phase.seconds / 1e12)
