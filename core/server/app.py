@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -42,6 +42,8 @@ from infopt.core.server.watched import Generator, Watched
 
 HEALTH_SECONDS = 10.0
 METRICS_SECONDS = 2.0
+_STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+"""What the document says beside JSON."""
 
 
 class Engine(Generator, Protocol):
@@ -140,7 +142,7 @@ def create_app(service: Service, cors_origins: Sequence[str] = ()) -> ASGIApp:
     """The ASGI application, with its doorway."""
     app = FastAPI(title="infopt", docs_url=None, redoc_url=None, strict_content_type=False)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=_STREAMED)
     async def completions(request: Request, body: CompletionRequest) -> Response:
         service.check_model(body.model)
         prompts = await service.prompts.of_completion(body)
@@ -156,7 +158,7 @@ def create_app(service: Service, cors_origins: Sequence[str] = ()) -> ASGIApp:
         answer = service.answer(visit_of(request), body, prompts, params)
         return await _respond(request, body, answer, shape, prompts)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=_STREAMED)
     async def chat(request: Request, body: ChatRequest) -> Response:
         service.check_model(body.model)
         prompt = await service.prompts.of_chat(body.messages, body.usable_tools)
@@ -218,7 +220,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
         takes = state in (State.READY, State.ASLEEP)
         return JSONResponse({"status": state}, 200 if takes else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         with suppress(InfoptError):  # its last counts will do
             house.metrics.engine.heard(await engine.stats(METRICS_SECONDS))
