@@ -102,13 +102,17 @@ class Chain:
             verb=step.verb,
             model=self.model(step),
             settings=step.settings.model_copy(update=changed),
-            output=self.root / output_name(number, step) if step.verb in WRITING else None,
+            output=self.root / output_name(number, step) if step.verb in _FOLDERS else None,
             # Inside a run folder what a step wrote before is its own to replace.
             replace=self.common.yes or self.resume,
             resume=self.resume,
             screen=self.screen,
             open=self.open,
         )
+
+
+_FOLDERS = (*WRITING, "bench")
+"""Verbs whose step has a folder of its own: for what it writes, or for each request."""
 
 
 def output_name(number: int, step: Step) -> str:
@@ -189,6 +193,8 @@ def _one_step(chain: Chain, number: int, step: Step, stack: ExitStack) -> StepRe
     name, key = f"{number:02d}-{step.verb}.json", key_of(work)
     report = kept(chain.root, name, key, work) if chain.resume else None
     if report is None:
+        if step.verb == "bench" and work.output is not None:
+            work.output.mkdir(parents=True, exist_ok=True)
         report = _perform(chain, work, stack)
         keep(report, None)
         save(report, chain.root / name)
@@ -196,7 +202,8 @@ def _one_step(chain: Chain, number: int, step: Step, stack: ExitStack) -> StepRe
     else:
         chain.screen.note("kept from the interrupted run")
     show(chain.screen, report, None)
-    if work.output is not None:
+    if step.verb in WRITING:
+        assert work.output is not None
         chain.outputs[output_name(number, step)] = work.output
         chain.newest = chain.open(output_name(number, step))
     output = None if work.output is None else str(work.output)

@@ -139,6 +139,9 @@ def test_a_server_of_a_run_is_asked_and_benched_and_dies_with_it(
     bench_report = read(out / "02-bench.json")
     assert bench_report["target"] == served["url"]
     assert bench_report["completed"] == 2
+    for name in bench_report["files"]:
+        assert (out / "02-bench" / name).stat().st_size > 0
+    assert len((out / "02-bench" / "requests.jsonl").read_text().splitlines()) >= 2
     port = int(served["url"].rsplit(":", 1)[1])
     deadline = time.monotonic() + 30
     while _listens(port):
