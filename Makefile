@@ -23,11 +23,15 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/infopt run recipes/run/demo.yaml --output demo --yes
 
+# Each worker of the tests computes with one thread and holds up to 4 GB; a file's tests stay together.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST) --durations=40
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -71,6 +71,10 @@ def medusa_rows(report: MedusaReport) -> list[Row]:
             f"{size(report.bytes)}; base frozen",
         ),
         ("trained", f"{report.steps} steps, {report.training_tokens} tokens"),
+        (
+            "choose among",
+            f"{report.vocabulary} tokens, {report.covered:.1%} of the held-out text's",
+        ),
     ]
     rows += [
         (

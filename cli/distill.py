@@ -170,6 +170,14 @@ def distill(
             show_default="least-squares",
         ),
     ] = None,
+    medusa_vocabulary: Annotated[
+        int | None,
+        typer.Option(
+            "--medusa-vocabulary",
+            help="Own projections choose among this many of the text's commonest tokens.",
+            show_default="all",
+        ),
+    ] = None,
     learning_rate: Annotated[
         float | None,
         typer.Option("--learning-rate", help="At its peak.", show_default="0.0003"),
@@ -287,6 +295,7 @@ def distill(
         "medusa_targets": medusa_targets,
         "medusa_projection": medusa_projection,
         "medusa_start": medusa_start,
+        "medusa_vocabulary": medusa_vocabulary,
         "learning_rate": learning_rate,
         "batch_tokens": batch_tokens,
         "micro_tokens": micro_tokens,

@@ -1,8 +1,9 @@
 """Medusa heads on disk: a small directory of their own, beside the model they were trained on.
 
 `medusa_heads.safetensors` holds `blocks.K.layers.L.weight` and `.bias` of head K (from 0) and layer
-L, and `lm_heads.K.weight` where a head has a projection of its own. Tensors and the config's keys
-are named as vLLM's MedusaModel names them; `base_model` and `base_fingerprint` are ours.
+L, and `lm_heads.K.weight` where a head has a projection of its own. That may be to a part of the
+vocabulary, whose tokens `token_map` then names, row by row. Tensors and the config's keys are named
+as vLLM's MedusaModel names them; `base_model` and `base_fingerprint` are ours.
 """
 
 import json
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HEADS = "medusa_heads.safetensors"
+TOKEN_MAP = "token_map"
 _TYPE = "medusa"
 
 
@@ -38,6 +40,8 @@ class HeadsShape:
     vocab_size: int
     shared: bool
     """Whether all heads use the base's own lm_head."""
+    guessed: int | None = None
+    """Tokens that projections of their own choose among; None for the whole vocabulary."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors that belong to it."""
@@ -48,7 +52,10 @@ class HeadsShape:
                 found[f"{name}.weight"] = (self.hidden_size, self.hidden_size)
                 found[f"{name}.bias"] = (self.hidden_size,)
             if not self.shared:
-                found[f"lm_heads.{head}.weight"] = (self.vocab_size, self.hidden_size)
+                rows = self.vocab_size if self.guessed is None else self.guessed
+                found[f"lm_heads.{head}.weight"] = (rows, self.hidden_size)
+        if self.guessed is not None:
+            found[TOKEN_MAP] = (self.guessed,)
         return found
 
 
@@ -147,7 +154,7 @@ def read_heads(path: Path) -> MedusaHeads:
 
 
 def _config(shape: HeadsShape, tensors: "Mapping[str, Tensor]") -> dict[str, Any]:
-    dtype = next(iter(tensors.values())).dtype
+    dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
     return {
         "architectures": ["MedusaModel"],
         "model_type": _TYPE,
@@ -157,7 +164,7 @@ def _config(shape: HeadsShape, tensors: "Mapping[str, Tensor]") -> dict[str, Any
         "num_hidden_layers": shape.layers,
         "hidden_size": shape.hidden_size,
         "vocab_size": shape.vocab_size,
-        "truncated_vocab_size": shape.vocab_size,
+        "truncated_vocab_size": shape.vocab_size if shape.guessed is None else shape.guessed,
         "original_lm_head": shape.shared,
         "medusa_fc_bias": True,
         "dtype": str(dtype).removeprefix("torch."),
@@ -174,6 +181,11 @@ def _shape(file: Path) -> HeadsShape:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ArtifactError(f"{file}: {key} must be a positive integer (got {value!r})")
     heads, layers, hidden, vocabulary = (int(str(value)) for value in numbers.values())
+    guessed = table.get("truncated_vocab_size", vocabulary)
+    if not isinstance(guessed, int) or not 0 < guessed <= vocabulary:
+        raise ArtifactError(
+            f"{file}: truncated_vocab_size must be from 1 to {vocabulary} (got {guessed!r})"
+        )
     return HeadsShape(
         base=str(table.get("base_model", "unknown")),
         fingerprint=str(table.get("base_fingerprint", "")),
@@ -182,6 +194,7 @@ def _shape(file: Path) -> HeadsShape:
         hidden_size=hidden,
         vocab_size=vocabulary,
         shared=bool(table.get("original_lm_head", False)),
+        guessed=None if guessed == vocabulary else guessed,
     )
 
 

@@ -15,6 +15,8 @@ from infopt.core.errors import UnsupportedError
 
 _PROBE = 8
 """Tokens on which the logits are compared with what is taken for their making."""
+_KEPT_BYTES = 1 << 30
+"""Of states of windows that may come again; 466,000 tokens of the default model."""
 _TOLERANCE = 0.02
 """Of the largest logit: 16-bit arithmetic in another order."""
 
@@ -103,12 +105,37 @@ class Ranks:
 class HeadsLearner:
     """Heads in training; what learns is float32 and begins as the base's own head."""
 
-    def __init__(self, base: Backbone, heads: int, layers: int, *, own: bool, targets: str) -> None:
-        """own: each head has a copy of lm_head that learns; targets: 'greedy' or 'text'."""
+    def __init__(
+        self,
+        base: Backbone,
+        heads: int,
+        layers: int,
+        *,
+        own: bool,
+        targets: str,
+        tokens: Tensor | None = None,
+    ) -> None:
+        """own: each head has a copy of lm_head that learns; targets: 'greedy' or 'text'.
+
+        tokens: int64, those that heads of their own choose among; None for all.
+        """
         self.base, self.heads, self.layers, self.targets = base, heads, layers, targets
         self._own = own
         self._learned: dict[str, nn.Parameter] = {}
         device, size = base.projection.weight.device, base.hidden_size
+        self._seen = _Seen(base, greedy=targets == "greedy")
+        self._tokens = None if tokens is None else tokens.to(device)
+        self._places = (
+            None if tokens is None else medusa.places_of(tokens, base.vocabulary).to(device)
+        )
+        self._begin = base.projection
+        if self._tokens is not None:
+            bias = base.projection.bias
+            self._begin = replace(
+                base.projection,
+                weight=base.projection.weight[self._tokens],
+                bias=None if bias is None else bias[self._tokens],
+            )
         for head in range(heads):
             for layer in range(layers):
                 name = f"blocks.{head}.layers.{layer}"
@@ -116,7 +143,7 @@ class HeadsLearner:
                 self._learned[f"{name}.weight"] = nn.Parameter(weight)
                 self._learned[f"{name}.bias"] = nn.Parameter(torch.zeros(size, device=device))
             if own:
-                copy = base.projection.weight.to(torch.float32, copy=True)
+                copy = self._begin.weight.to(torch.float32, copy=True)
                 self._learned[f"lm_heads.{head}.weight"] = nn.Parameter(copy)
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -124,8 +151,9 @@ class HeadsLearner:
 
     def loss(self, tokens: Tensor) -> Mapping[str, Tensor]:
         """`loss`, the heads' weighted sum, and each head's own in nats, of windows [n, length]."""
-        states = self.base.states(tokens)
-        follow = self._follow(tokens, states)
+        states, follow = self._seen(tokens)
+        if self._places is not None:  # what a head cannot say is not asked of it
+            follow = torch.where(follow >= 0, self._places[follow.clamp(min=0)], NOTHING)
         parts: dict[str, Tensor] = {}
         for head in range(self.heads):
             parts[f"head {head + 1}"] = medusa.cross_entropy(
@@ -147,7 +175,7 @@ class HeadsLearner:
                 later = states[:, k:].flatten(0, 1)
                 gram.addmm_(now.T, now)
                 cross.addmm_(later.T, now)
-        table = self.base.projection.weight.float()
+        table = self._begin.weight.float()
         for head, (gram, cross) in enumerate(sums):
             weight = table @ medusa.foresight(gram, cross).float()
             self._learned[f"lm_heads.{head}.weight"].copy_(weight)
@@ -181,19 +209,12 @@ class HeadsLearner:
         guessed = [own]
         for head in range(self.heads):
             ahead = self._states(head, states)
-            guessed.append(medusa.guesses(ahead, self._projection(head), top))
+            found = medusa.guesses(ahead, self._projection(head), top)
+            guessed.append(found if self._tokens is None else self._tokens[found])
         return Ranks(
             [medusa.ranks(each, medusa.ahead(text, k)) for k, each in enumerate(guessed)],
             [medusa.ranks(each, medusa.ahead(greedy, k)) for k, each in enumerate(guessed)],
         )
-
-    def _follow(self, tokens: Tensor, states: Tensor) -> Tensor:
-        """The token that is meant to follow each position, [n, length]."""
-        if self.targets == "text":
-            return medusa.following(tokens)
-        with torch.autocast(tokens.device.type, enabled=False):
-            own = medusa.guesses(states, self.base.projection, 1)[..., 0]
-        return own.where(tokens >= 0, NOTHING)
 
     def _states(self, head: int, states: Tensor) -> Tensor:
         names = [f"blocks.{head}.layers.{layer}" for layer in range(self.layers)]
@@ -203,4 +224,39 @@ class HeadsLearner:
     def _projection(self, head: int) -> Projection:
         if not self._own:
             return self.base.projection
-        return replace(self.base.projection, weight=self._learned[f"lm_heads.{head}.weight"])
+        return replace(self._begin, weight=self._learned[f"lm_heads.{head}.weight"])
+
+
+class _Seen:
+    """What the base makes of windows: it does not learn, so once is enough for those that come
+    again."""
+
+    def __init__(self, base: Backbone, *, greedy: bool) -> None:
+        self._base, self._greedy = base, greedy
+        self._kept: dict[bytes, tuple[Tensor, Tensor]] = {}
+        self._room = _KEPT_BYTES
+
+    def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Of windows [n, length] the states [n, length, h], and the token that is meant to follow
+        each position [n, length]."""
+        found = [self._window(window) for window in tokens]
+        return torch.stack([states for states, _ in found]), torch.stack([f for _, f in found])
+
+    def _window(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        # Each by itself: what stands beside it must not change a bit of what a resumed run sees.
+        key = tokens.cpu().numpy().tobytes()
+        if (kept := self._kept.get(key)) is not None:
+            return kept
+        states = self._base.states(tokens[None])[0]
+        made = states, self._follow(tokens, states)
+        if (size := states.nbytes + made[1].nbytes) <= self._room:
+            self._kept[key] = made
+            self._room -= size
+        return made
+
+    def _follow(self, tokens: Tensor, states: Tensor) -> Tensor:
+        if not self._greedy:
+            return medusa.following(tokens)
+        with torch.autocast(tokens.device.type, enabled=False):
+            own = medusa.guesses(states, self._base.projection, 1)[..., 0]
+        return own.where(tokens >= 0, NOTHING)

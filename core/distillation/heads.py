@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infopt.core.artifact.heads import HeadsShape, MedusaHeads, write_heads
+from infopt.core.artifact.heads import TOKEN_MAP, HeadsShape, MedusaHeads, write_heads
 from infopt.core.artifact.positions import check_length
 from infopt.core.artifact.read import Artifact
 from infopt.core.artifact.write import keep_the_source
@@ -34,6 +34,8 @@ from infopt.core.training.loop import TrainResult, train
 _PROVENANCE: dict[str, Origin] = {
     "model": "measured",
     "parameters": "computed",
+    "vocabulary": "computed",
+    "covered": "measured",
     "bytes": "measured",
     "training_tokens": "measured",
     "resumed_steps": "measured",
@@ -79,9 +81,10 @@ def make_heads(
     keep_the_source(output, artifact)
     check_output(output, replace=replace)
     _check_alone()
-    shape = _shape(artifact, settings)
-    require_disk(output, _disk(shape), f"training heads for {artifact.name}")
     windows = training_windows(artifact, settings.train, settings.seed)
+    tokens = _tokens(settings, windows)
+    shape = _shape(artifact, settings, tokens)
+    require_disk(output, _disk(shape), f"training heads for {artifact.name}")
     device = torch.device(choose_device(settings.device))
     dtype = getattr(torch, choose_dtype(settings.dtype, device.type))
     identity = _identity(settings, shape, windows, dtype)
@@ -89,7 +92,7 @@ def make_heads(
         output, identity, HeadAccuracy, resume=resume, replace=replace
     ) as checkpoint:
         progress(Progress("loading"))
-        learner = _learner(artifact, settings, shape, dtype, device)
+        learner = _learner(artifact, settings, shape, tokens, dtype, device)
         try:
             result = _train(
                 learner, windows, settings, identity, checkpoint.stage("medusa"), progress
@@ -99,15 +102,19 @@ def make_heads(
             checkpoint.discard()
             raise
         tensors = learner.stored(_dtype(artifact))
+        if tokens is not None:
+            tensors[TOKEN_MAP] = tokens
         stream = held_out(artifact)
         rows, run = _measure(learner, windows, stream, settings.sequence_length, progress)
         extra = {"recipe.yaml": _recipe(settings)}
         written = write_heads(output, shape, tensors, extra=extra, replace=replace)
         checkpoint.discard()
     report = _report(artifact, settings, written, result, rows)
+    covered = 1.0 if tokens is None else float(torch.isin(stream, tokens).double().mean())
     return report.model_copy(
         update={
             "mean_run": run,
+            "covered": covered,
             "held_out_tokens": len(stream) // settings.sequence_length * settings.sequence_length,
             "seconds": time.monotonic() - started,
         }
@@ -116,13 +123,18 @@ def make_heads(
 
 def plan_heads(artifact: Artifact, settings: DistillSettings) -> Plan:
     """What would be trained, and what it needs; the time is not predicted."""
-    shape = _shape(artifact, settings)
+    tokens = None
+    if settings.medusa_vocabulary is not None:
+        tokens = _tokens(settings, training_windows(artifact, settings.train, settings.seed))
+    shape = _shape(artifact, settings, tokens)
     device = choose_device(settings.device)
     width = getattr(torch, choose_dtype(settings.dtype, device)).itemsize
     learned = _parameters(shape)
     summary = artifact.summary()
     teacher = "the model's own greedy tokens" if settings.medusa_targets == "greedy" else "the text"
     projection = "the model's lm_head" if shape.shared else "a projection of its own"
+    if shape.guessed is not None:
+        projection += f" to {shape.guessed:,} tokens"
     return Plan(
         command="distill",
         actions=(
@@ -142,7 +154,14 @@ def plan_heads(artifact: Artifact, settings: DistillSettings) -> Plan:
     )
 
 
-def _shape(artifact: Artifact, settings: DistillSettings) -> HeadsShape:
+def _tokens(settings: DistillSettings, windows: Windows) -> Tensor | None:
+    """Those that heads choose among; None for all."""
+    if settings.medusa_vocabulary is None:
+        return None
+    return medusa.commonest(windows.train[windows.train >= 0], settings.medusa_vocabulary)
+
+
+def _shape(artifact: Artifact, settings: DistillSettings, tokens: Tensor | None) -> HeadsShape:
     """Of the heads that are wanted; raises UsageError where a window is too short for them."""
     assert settings.medusa_heads is not None
     if settings.sequence_length < settings.medusa_heads + 2:
@@ -161,6 +180,7 @@ def _shape(artifact: Artifact, settings: DistillSettings) -> HeadsShape:
         hidden_size=weight.shape[1],
         vocab_size=weight.shape[0],
         shared=settings.medusa_projection == "shared",
+        guessed=None if tokens is None else len(tokens),
     )
 
 
@@ -168,12 +188,18 @@ def _learner(
     artifact: Artifact,
     settings: DistillSettings,
     shape: HeadsShape,
+    tokens: Tensor | None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> HeadsLearner:
-    base = Backbone(load_transformers(artifact, dtype, device))
-    targets = settings.medusa_targets
-    return HeadsLearner(base, shape.heads, shape.layers, own=not shape.shared, targets=targets)
+    return HeadsLearner(
+        Backbone(load_transformers(artifact, dtype, device)),
+        shape.heads,
+        shape.layers,
+        own=not shape.shared,
+        targets=settings.medusa_targets,
+        tokens=tokens,
+    )
 
 
 def _train(
@@ -305,6 +331,8 @@ def _report(
         targets=settings.medusa_targets,
         base_fingerprint=shape.fingerprint,
         parameters=_parameters(shape),
+        vocabulary=shape.vocab_size if shape.guessed is None else shape.guessed,
+        covered=1.0,
         bytes=written.nbytes,
         steps=result.steps,
         training_tokens=result.tokens,
@@ -326,7 +354,8 @@ def _recipe(settings: DistillSettings) -> str:
 
 
 def _parameters(shape: HeadsShape) -> int:
-    return sum(torch.Size(sizes).numel() for sizes in shape.shapes().values())
+    found = shape.shapes()
+    return sum(torch.Size(sizes).numel() for name, sizes in found.items() if name != TOKEN_MAP)
 
 
 def _disk(shape: HeadsShape) -> int:

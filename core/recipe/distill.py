@@ -84,6 +84,9 @@ class DistillSettings(TrainSettings):
     medusa_start: Literal["least-squares", "copy"] = "least-squares"
     """What a projection of its own begins as: lm_head of the state further on, as a linear map
     foretells it, or lm_head as it is."""
+    medusa_vocabulary: int | None = Field(default=None, ge=2)
+    """Let projections of their own choose among this many of the text's commonest tokens alone;
+    default: the whole vocabulary."""
     steps: int = Field(default=1000, ge=1)
     device: Device = "auto"
     dtype: DType = "auto"
@@ -110,11 +113,12 @@ class DistillSettings(TrainSettings):
             changed = [key for key in _OF_STUDENTS if self._is_set(key)]
             if changed:
                 return f"{changed[0]} is not read where medusa_heads are trained"
-            if self.medusa_projection == "shared" and self._is_set("medusa_start"):
-                return "medusa_start is for medusa_projection: own"
+            for key in ("medusa_start", "medusa_vocabulary"):
+                if self.medusa_projection == "shared" and self._is_set(key):
+                    return f"{key} is for medusa_projection: own"
             return None
-        for key in ("medusa_layers", "medusa_targets", "medusa_projection", "medusa_start"):
-            if self._is_set(key):
+        for key in type(self).model_fields:
+            if key.startswith("medusa_") and self._is_set(key):
                 return f"{key} is not read without medusa_heads"
         if self.student is None and self.teacher is None:
             return "the student is missing: a model, or sizes such as layers=6,ffn=0.5x"

@@ -39,6 +39,10 @@ class MedusaReport(Report):
     base_fingerprint: str
     parameters: int
     """Of all heads."""
+    vocabulary: int
+    """Tokens that heads choose among."""
+    covered: float
+    """The share of the held-out text's tokens that are among them."""
     bytes: int
     """Of the heads' file."""
     steps: int

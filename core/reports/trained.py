@@ -94,6 +94,8 @@ def medusa_sections(report: MedusaReport) -> tuple[Section, ...]:
             Fact("projection", report.projection),
             Fact("learned", f"the {report.targets} tokens"),
             _fact(report, "parameters", f"{report.parameters:,}", "parameters"),
+            _fact(report, "choose among", f"{report.vocabulary:,} tokens", "vocabulary"),
+            _fact(report, "of the held-out text", number(report.covered, ".1%"), "covered"),
             _fact(report, "mean run", number(report.mean_run), "mean_run"),
             _fact(report, "took", seconds(report.seconds), "seconds"),
             _written(report.output),

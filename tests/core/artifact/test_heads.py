@@ -17,11 +17,13 @@ def tensors(shape: HeadsShape = SHAPE) -> dict[str, torch.Tensor]:
     return {name: torch.randn(size, dtype=torch.bfloat16) for name, size in shape.shapes().items()}
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_what_is_written_is_read(tmp_path: Path, shared: bool) -> None:
-    shape = HeadsShape("base", "f" * 64, 2, 3, 8, 20, shared=shared)
+@pytest.mark.parametrize(("shared", "guessed"), [(True, None), (False, None), (False, 7)])
+def test_what_is_written_is_read(tmp_path: Path, shared: bool, guessed: int | None) -> None:
+    shape = HeadsShape("base", "f" * 64, 2, 3, 8, 20, shared=shared, guessed=guessed)
     given = tensors(shape)
-    assert len(given) == 2 * 3 * 2 + (0 if shared else 2)
+    if guessed is not None:
+        given["token_map"] = torch.arange(guessed)
+    assert len(given) == 2 * 3 * 2 + (0 if shared else 2) + (guessed is not None)
     written = write_heads(tmp_path / "heads", shape, given, extra={"recipe.yaml": "x"})
     again = read_heads(tmp_path / "heads")
     assert again == written and again.shape == shape
@@ -52,6 +54,9 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
         read_heads(written.path)
     with_config(vocab_size=0)
     with pytest.raises(ArtifactError, match="vocab_size must be"):
+        read_heads(written.path)
+    with_config(truncated_vocab_size=21)
+    with pytest.raises(ArtifactError, match="truncated_vocab_size must be"):
         read_heads(written.path)
     with_config(model_type="llama")
     with pytest.raises(ArtifactError, match="not of Medusa heads"):

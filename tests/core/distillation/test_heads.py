@@ -20,6 +20,7 @@ from infopt.core.artifact.heads import HEADS, read_heads
 from infopt.core.artifact.read import Artifact
 from infopt.core.artifact.write import verify_manifest
 from infopt.core.compression.quality import held_out
+from infopt.core.distillation import backbone
 from infopt.core.distillation.backbone import Backbone, HeadsLearner
 from infopt.core.distillation.heads import make_heads, plan_heads
 from infopt.core.errors import ResumeError, UnsupportedError, UsageError
@@ -58,13 +59,25 @@ def settings(text: Path, **changes: Any) -> DistillSettings:
     return DistillSettings.model_validate(values | changes)
 
 
-@pytest.mark.parametrize("projection", ["shared", "own"])
+@pytest.mark.parametrize(
+    ("projection", "vocabulary"), [("shared", None), ("own", None), ("own", 20), ("own", 9999)]
+)
 @pytest.mark.parametrize("layers", [1, 2])
 def test_the_report_counts_what_the_written_heads_guess(
-    make_llama: MakeLlama, calibration_file: Path, tmp_path: Path, projection: str, layers: int
+    make_llama: MakeLlama,
+    calibration_file: Path,
+    tmp_path: Path,
+    projection: str,
+    vocabulary: int | None,
+    layers: int,
 ) -> None:
     source = make_llama()
-    wanted = settings(calibration_file, medusa_projection=projection, medusa_layers=layers)
+    wanted = settings(
+        calibration_file,
+        medusa_projection=projection,
+        medusa_layers=layers,
+        medusa_vocabulary=vocabulary,
+    )
     report = make_heads(source, tmp_path / "heads", wanted)
     verify_manifest(tmp_path / "heads")
     assert not list(tmp_path.glob(".heads*")), "nothing is left beside the output"
@@ -73,9 +86,16 @@ def test_the_report_counts_what_the_written_heads_guess(
     assert (written.shape.heads, written.shape.layers) == (2, layers)
     assert written.shape.shared == (projection == "shared")
     heads = written.tensors()
+    tokens = heads.pop("token_map", None)
+    if vocabulary is None:
+        assert tokens is None and report.vocabulary == 256 and report.covered == 1.0
+    else:
+        assert tokens is not None and len(tokens) == report.vocabulary <= min(vocabulary, 256)
+        share = torch.isin(held_out(source), tokens).double().mean()
+        assert report.covered == pytest.approx(float(share))
     assert {value.dtype for value in heads.values()} == {torch.bfloat16}
     assert sum(value.numel() for value in heads.values()) == report.parameters
-    guesses = _guesses(source, heads, layers)
+    guesses = _guesses(source, heads, layers, tokens)
     length = 32
     for k, row in enumerate(report.heads):
         right = [g[: length - k - 1] == w[k + 1 :] for g, w in zip(*guesses[k], strict=True)]
@@ -85,7 +105,7 @@ def test_the_report_counts_what_the_written_heads_guess(
 
 
 def _guesses(
-    source: Artifact, heads: dict[str, Tensor], layers: int
+    source: Artifact, heads: dict[str, Tensor], layers: int, tokens: Tensor | None
 ) -> list[tuple[list[Tensor], list[Tensor]]]:
     """Every head's first guess and the tokens, window by window, computed without ours."""
     model = load_transformers(source, torch.float32, CPU)
@@ -100,7 +120,8 @@ def _guesses(
             name = f"blocks.{head}.layers.{layer}"
             x = x + F.silu(x @ heads[f"{name}.weight"].float().T + heads[f"{name}.bias"].float())
         own = heads.get(f"lm_heads.{head}.weight", table).float()
-        found.append((list((x @ own.T).argmax(-1)), list(windows)))
+        said = (x @ own.T).argmax(-1)
+        found.append((list(said if tokens is None else tokens[said]), list(windows)))
     return found
 
 
@@ -132,6 +153,40 @@ def test_targets_are_the_bases_own_greedy_tokens(make_llama: MakeLlama) -> None:
     assert float(greedy.detach()) == pytest.approx(float(wanted), rel=1e-5)
     wanted = F.cross_entropy(logits[:, :-2].flatten(0, 1), tokens[:, 2:].flatten(), ignore_index=-1)
     assert float(text.detach()) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_heads_are_not_asked_for_what_they_cannot_say(make_llama: MakeLlama) -> None:
+    base = Backbone(load_transformers(make_llama(), torch.float32, CPU))
+    tokens = torch.randint(256, (3, 16), generator=torch.Generator().manual_seed(0))
+    few = torch.arange(0, 256, 3)
+    learner = HeadsLearner(base, 1, 1, own=True, targets="text", tokens=few)
+    logits = base.model(input_ids=tokens).logits[:, :-2, few]
+    follow = tokens[:, 2:]
+    wanted = F.cross_entropy(
+        logits.flatten(0, 1),
+        torch.where(follow % 3 == 0, follow // 3, -1).flatten(),
+        ignore_index=-1,
+    )
+    assert float(learner.loss(tokens)["loss"].detach()) == pytest.approx(0.8 * float(wanted))
+
+
+def test_windows_that_come_again_are_not_computed_again(
+    make_llama: MakeLlama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Backbone(load_transformers(make_llama(), torch.float32, CPU))
+    tokens = torch.randint(256, (3, 16), generator=torch.Generator().manual_seed(0))
+    learner = HeadsLearner(base, 2, 1, own=True, targets="greedy")
+    first = float(learner.loss(tokens)["loss"].detach())
+    turned = float(learner.loss(tokens[[2, 0, 1]])["loss"].detach())
+    monkeypatch.setattr(base, "states", None)
+    assert float(learner.loss(tokens)["loss"].detach()) == first == pytest.approx(turned)
+    monkeypatch.undo()
+    monkeypatch.setattr(backbone, "_KEPT_BYTES", 0)
+    forgetful = HeadsLearner(base, 2, 1, own=True, targets="greedy")
+    assert float(forgetful.loss(tokens)["loss"].detach()) == first
+    monkeypatch.setattr(base, "states", None)
+    with pytest.raises(TypeError):
+        forgetful.loss(tokens)
 
 
 def test_heads_that_foresee_begin_nearer_to_their_targets(make_llama: MakeLlama) -> None:

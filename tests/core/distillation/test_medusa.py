@@ -22,6 +22,14 @@ def layer(hidden: int = 6) -> tuple[Tensor, Tensor]:
     return weight, torch.randn(hidden, dtype=torch.float64)
 
 
+def test_the_commonest_tokens_and_their_places() -> None:
+    seen = torch.tensor([[5, 5, 2], [9, 5, 2]])
+    assert medusa.commonest(seen, 2).tolist() == [2, 5]
+    assert medusa.commonest(seen, 50).tolist() == [2, 5, 9]
+    places = medusa.places_of(torch.tensor([2, 5]), 7)
+    assert places.tolist() == [-1, -1, 0, -1, -1, 1, -1]
+
+
 def test_a_head_of_zeros_says_what_the_base_says() -> None:
     states = torch.randn(3, 4, 6)
     zeros = (torch.zeros(6, 6), torch.zeros(6))

@@ -57,6 +57,11 @@ def test_a_wrong_shape_is_refused(word: str, said: str) -> None:
         ({"top_k": 8, "hidden_weight": 1.0}, "hidden_weight needs the teacher"),
         ({"attention_weight": 1.0, "gradient_checkpointing": True}, "gradient_checkpointing"),
         ({"medusa_heads": 2}, "student is not read"),
+        ({"medusa_vocabulary": 9}, "medusa_vocabulary is not read without medusa_heads"),
+        (
+            {"medusa_heads": 2, "student": None, "medusa_vocabulary": 9},
+            "medusa_vocabulary is for medusa_projection: own",
+        ),
         ({"medusa_heads": 2, "student": None, "alpha": 0.5}, "alpha is not read"),
         ({"medusa_layers": 2}, "without medusa_heads"),
         ({"medusa_start": "copy"}, "without medusa_heads"),

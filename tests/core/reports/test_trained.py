@@ -99,6 +99,8 @@ def medusa() -> MedusaReport:
         "targets": "greedy",
         "base_fingerprint": "f" * 64,
         "parameters": 331_776,
+        "vocabulary": 8192,
+        "covered": 0.987,
         "steps": 1,
         "training_tokens": 4096,
         "resumed_steps": 0,
@@ -135,7 +137,11 @@ def kv_heads() -> KvHeadsReport:
 CASES: list[tuple[Report, tuple[str, ...], tuple[str, ...]]] = [
     (prune(), ("47.33", "21.77", "50.000%", "down_proj", "56.0%"), ("47.3300", "2:4", "56%")),
     (distill(), ("1408", "3.61", "0.42", "400,000"), ("42.0%", "1.17 of 4", "40.0%")),
-    (medusa(), ("31.0%", "44.0%", "17.0%", "331,776"), ("31.0%", "0.61")),
+    (
+        medusa(),
+        ("31.0%", "44.0%", "17.0%", "331,776", "8,192", "98.7%"),
+        ("31.0%", "0.61", "98.7%"),
+    ),
     (kv_heads(), ("7,680", "94.5", "0.614"), ("23,040 -> 7,680", "94.5000 joined")),
 ]
 
