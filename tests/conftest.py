@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 share_cores()  # before any test loads torch
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of slow tests alone come first: among several workers nobody waits for them then."""
+    quick = {item.path for item in items if item.get_closest_marker("slow") is None}
+    items.sort(key=lambda item: item.path in quick)
+
+
 @pytest.fixture(scope="session")
 def default_artifact() -> "Artifact":
     """The real default model."""
