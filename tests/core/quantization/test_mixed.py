@@ -354,17 +354,26 @@ def test_a_search_that_trains_each_round_anew(
         return with_bits(job, rows, bits)
 
     monkeypatch.setattr(mixed, "_with_bits", spy)
-    wanted = settings(
-        calibration_file,
-        method="qat",
-        steps=2,
-        max_ppl_increase="1%",
-        mixed_bits=(2, 4, 8),
-    )
-    report = quantize(trained, tmp_path / "out", wanted)
-    assert report.allocation is not None
-    assert any(bits != tried[0] for bits in tried), "one allocation would prove nothing"
-    assert increase(trained, read_artifact(tmp_path / "out")) <= 0.01
+    bound = 0.01
+    for attempt in range(5):  # which bound the first round misses depends on the CPU
+        out = tmp_path / str(attempt)
+        wanted = settings(
+            calibration_file,
+            method="qat",
+            steps=2,
+            max_ppl_increase=bound,
+            mixed_bits=(2, 4, 8),
+        )
+        tried.clear()
+        report = quantize(trained, out, wanted)
+        assert report.allocation is not None
+        if any(bits != tried[0] for bits in tried):
+            break
+        assert report.allocation.measured_ppl_increase is not None
+        bound = 0.98 * report.allocation.measured_ppl_increase
+    else:
+        pytest.fail("one allocation proves nothing")
+    assert increase(trained, read_artifact(out)) <= bound
     rows = {row.name: row.bits for row in report.layers}
     assert all(bits == report.allocation.bits[unit_of(name)] for name, bits in rows.items())
 

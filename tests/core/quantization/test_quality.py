@@ -13,7 +13,7 @@ from infopt.core.recipe.evaluate import EvaluateSettings
 from infopt.core.recipe.quantize import QuantizeSettings
 from infopt.core.recipe.text import CalibrationSettings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 # Enough to tell the methods apart; docs/results has the figures at full length.
 CALIBRATION = CalibrationSettings(samples=16, sequence_length=512)
 EVALUATION = EvaluateSettings(tokens=4096)

@@ -16,7 +16,7 @@ from infopt.core.quantization.quantize import quantize
 from infopt.core.recipe.evaluate import EvaluateSettings
 from infopt.core.recipe.quantize import QuantizeSettings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 CALIBRATION = {"samples": 8, "sequence_length": 512}
 # In bfloat16 the noise of the activations would hide what 8 bits cost.
 EVALUATION = EvaluateSettings(tokens=4096, dtype="float32")
