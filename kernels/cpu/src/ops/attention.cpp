@@ -1,0 +1,286 @@
+// Attention of single queries over a paged cache, query heads that share a key head together.
+//
+// A query's context is cut into pieces, whose results are put together by whoever finishes the
+// last of them: so threads share one long request. How it is cut depends on the context alone.
+#include "../step.h"
+#include "../wide.h"
+
+namespace infopt {
+namespace INFOPT_ISA {
+
+constexpr int64_t TOKENS = 256;  // of one softmax
+constexpr int64_t MOST_PIECES = 64;
+
+struct Pieces {
+    int64_t first, count, each;
+};
+
+// Of the tokens that a query at `position` sees.
+static inline Pieces pieces_of(int64_t position, int64_t window) {
+    int64_t context = position + 1;
+    int64_t first = window && context > window ? context - window : 0;
+    int64_t seen = context - first;
+    int64_t each = seen <= 1024 ? 64 : TOKENS;
+    while (each * MOST_PIECES < seen) each *= 2;
+    return {first, (seen + each - 1) / each, each};
+}
+
+// How keys and values lie in a cache's row, 2W numbers at a time, in an order that suits: dot
+// products do not mind, and results are put in order again at the end.
+struct Floats {
+    typedef float T;
+    static void pair(const char* row, int64_t i, vf &a, vf &b) {
+        const float* p = reinterpret_cast<const float*>(row) + i;
+        a = load<vf>(p), b = load<vf>(p + W);
+    }
+    static int64_t place(int64_t i) { return i; }
+};
+
+struct Bfloats {
+    typedef bf16 T;
+    static void pair(const char* row, int64_t i, vf &a, vf &b) {
+        load_even_odd(reinterpret_cast<const bf16*>(row) + i, a, b);
+    }
+    // Where number i of 2W stands.
+    static int64_t place(int64_t i) { return i % 2 * W + i / 2; }
+};
+
+struct Bytes {
+    typedef int8_t T;
+    static void pair(const char* row, int64_t i, vf &a, vf &b) {
+        vb low, high;
+        std::memcpy(&low, row + i, sizeof low);
+        std::memcpy(&high, row + i + W, sizeof high);
+        a = __builtin_convertvector(__builtin_convertvector(low, vi), vf);
+        b = __builtin_convertvector(__builtin_convertvector(high, vi), vf);
+    }
+    static int64_t place(int64_t i) { return i; }
+};
+
+template <class Kv> static inline void pair_of(const char* row, int64_t i, int64_t n, vf &a, vf &b) {
+    if (i + 2 * W <= n) return Kv::pair(row, i, a, b);
+    // Beyond a head's numbers may lie anything, infinities too.
+    typename Kv::T held[2 * W] = {};
+    std::memcpy(held, row + i * sizeof held[0], (n - i) * sizeof held[0]);
+    Kv::pair(reinterpret_cast<const char*>(held), 0, a, b);
+}
+
+// s[g][t] = q[g] . keys[t] for G heads; keys and s are padded to a multiple of W tokens.
+template <class Kv, int G>
+static inline void dot(const float* q, int64_t stride, const char* const* keys, int64_t tokens,
+                       int64_t n, float* s) {
+    for (int64_t t = 0; t < tokens; t += W) {
+        vf held[G][W];
+        for (int j = 0; j < W; j++) {
+            const char* row = keys[t + j];
+            for (int64_t b = 0; b < n * (int64_t)sizeof(typename Kv::T); b += 64)
+                __builtin_prefetch(keys[t + j + W] + b);
+            vf total[G] = {};
+            for (int64_t i = 0; i < n; i += 2 * W) {
+                vf a, b;
+                pair_of<Kv>(row, i, n, a, b);
+                for (int g = 0; g < G; g++)
+                    total[g] += a * load<vf>(q + g * stride + i) + b * load<vf>(q + g * stride + i + W);
+            }
+            for (int g = 0; g < G; g++) held[g][j] = total[g];
+        }
+        for (int g = 0; g < G; g++) store(s + g * TOKENS + t, sums(held[g]));
+    }
+}
+
+// out[g] += sum over t of p[g][t] * values[t], in pairs' order.
+template <class Kv, int G>
+static inline void mix(const float* p, const char* const* values, int64_t tokens, int64_t n,
+                       float* out, int64_t stride) {
+    constexpr int WIDE = W == 16 ? 2 : 1;
+    for (int64_t i = 0; i < n; i += 2 * W * WIDE) {
+        vf total[G][2 * WIDE];
+        bool both = WIDE == 2 && i + 2 * W < n;
+        for (int g = 0; g < G; g++)
+            for (int w = 0; w < 2 * WIDE; w++)
+                total[g][w] = w < 2 || both ? load<vf>(out + g * stride + i + w * W) : vf{};
+        for (int64_t t = 0; t < tokens; t++) {
+            vf v[2 * WIDE] = {};
+            pair_of<Kv>(values[t], i, n, v[0], v[1]);
+            if constexpr (WIDE == 2)
+                if (both) pair_of<Kv>(values[t], i + 2 * W, n, v[2], v[3]);
+            if (i == 0)
+                for (int64_t b = 0; b < n * (int64_t)sizeof(typename Kv::T); b += 64)
+                    __builtin_prefetch(values[t + W] + b);
+            for (int g = 0; g < G; g++)
+                for (int w = 0; w < 2 * WIDE; w++) total[g][w] += p[g * TOKENS + t] * v[w];
+        }
+        for (int g = 0; g < G; g++)
+            for (int w = 0; w < 2 * WIDE; w++)
+                if (w < 2 || both) store(out + g * stride + i + w * W, total[g][w]);
+    }
+}
+
+// Scores become weights, in place; returns their sum. What is beyond `tokens` is cleared.
+static inline float weigh(float* s, int64_t tokens, float scale, float cap, float &most) {
+    int64_t padded = (tokens + W - 1) / W * W;
+    for (int64_t t = tokens; t < padded; t++) s[t] = s[0];
+    vf high = splat(-INFINITY);
+    for (int64_t t = 0; t < padded; t += W) {
+        vf x = load<vf>(s + t) * scale;
+        if (cap != 0) x = cap * hyperbolic_tangent(x / cap);
+        store(s + t, x);
+        high = larger(x, high);
+    }
+    float found = largest(high);
+    most = found > most ? found : most;
+    vf total{};
+    for (int64_t t = 0; t < padded; t += W) {
+        vf e = exponential(load<vf>(s + t) - most);
+        if (t + W > tokens)
+            for (int j = 0; j < W; j++)
+                if (t + j >= tokens) e[j] = 0;
+        store(s + t, e);
+        total += e;
+    }
+    return sum(total);
+}
+
+// For G heads of one key head: largest score, sum of weights, weighted values (in pairs' order).
+template <class Kv, int G>
+static void piece(const AttendArgs &a, const float* q, int64_t stride, const char* const* keys,
+                  const char* const* values, const float* scales, int64_t tokens, bool first,
+                  float* most, float* weight, float* out) {
+    alignas(64) float s[G * TOKENS];
+    dot<Kv, G>(q, stride, keys, tokens, a.head_dim, s);
+    for (int g = 0; g < G; g++) {
+        float* own = s + g * TOKENS, before = most[g];
+        if (scales)
+            for (int64_t t = 0; t < tokens; t++) own[t] *= scales[t];
+        float found = weigh(own, tokens, a.scale, a.cap, most[g]);
+        if (first) {
+            weight[g] = found;
+        } else {
+            float faded = exponential(splat(before - most[g]))[0];
+            weight[g] = weight[g] * faded + found;
+            for (int64_t i = 0; i < stride; i++) out[g * stride + i] *= faded;
+        }
+        if (scales)
+            for (int64_t t = 0; t < tokens; t++) own[t] *= scales[TOKENS + t];
+    }
+    mix<Kv, G>(s, values, tokens, a.head_dim, out, stride);
+}
+
+constexpr int64_t MOST_DIM = 512;
+
+static inline int64_t padded_dim(int64_t n) { return (n + 31) / 32 * 32; }
+
+// One piece of one row's context for the query heads [0, group) of a key head.
+template <class Kv>
+static void attend_piece(const AttendArgs &a, int64_t row, int64_t kv, int64_t from, int64_t to,
+                         float* found) {
+    int64_t group = a.heads / a.kv_heads, n = a.head_dim, stride = padded_dim(n);
+    const int32_t* table = a.tables + row * a.width;
+    const char* keys[TOKENS + 2 * W], *values[TOKENS + 2 * W];
+    float scales[2 * TOKENS];
+    bool scaled = sizeof(typename Kv::T) == 1;
+    for (int64_t start = from; start < to; start += TOKENS) {
+        int64_t tokens = to - start < TOKENS ? to - start : TOKENS;
+        for (int64_t t = 0; t < tokens; t++) {
+            int64_t at = start + t, slot = table[at / a.block_size] * a.block_size + at % a.block_size;
+            keys[t] = static_cast<const char*>(a.cache) + (slot * 2 * a.kv_heads + kv) * a.row_bytes;
+            values[t] = keys[t] + a.kv_heads * a.row_bytes;
+            if (scaled) {
+                std::memcpy(scales + t, keys[t] + a.row_bytes - 4, 4);
+                std::memcpy(scales + TOKENS + t, values[t] + a.row_bytes - 4, 4);
+            }
+        }
+        for (int64_t t = tokens; t < tokens + 2 * W; t++)
+            keys[t] = keys[tokens - 1], values[t] = values[tokens - 1];
+        for (int64_t g = 0; g < group;) {
+            int64_t some = group - g < 4 ? group - g : 4;
+            alignas(64) float q[4 * MOST_DIM];
+            const float* given = a.qkv + (row * (a.heads + 2 * a.kv_heads) + kv * group + g) * n;
+            for (int64_t h = 0; h < some; h++) {
+                std::memset(q + h * stride, 0, stride * 4);
+                for (int64_t i = 0; i < n; i++)
+                    q[h * stride + i / (2 * W) * (2 * W) + Kv::place(i % (2 * W))] = given[h * n + i];
+            }
+            float *most = found + g, *weight = found + group + g;
+            float* out = found + 2 * group + g * stride;
+            const float* both = scaled ? scales : nullptr;
+            bool first = start == from;
+            switch (some) {
+                case 1: piece<Kv, 1>(a, q, stride, keys, values, both, tokens, first, most, weight, out); break;
+                case 2: piece<Kv, 2>(a, q, stride, keys, values, both, tokens, first, most, weight, out); break;
+                case 3: piece<Kv, 3>(a, q, stride, keys, values, both, tokens, first, most, weight, out); break;
+                default: piece<Kv, 4>(a, q, stride, keys, values, both, tokens, first, most, weight, out);
+            }
+            g += some;
+        }
+    }
+}
+
+// Put the pieces of one row and key head together, in their order.
+template <class Kv>
+static void join(const AttendArgs &a, int64_t row, int64_t kv, const float* parts, int64_t count,
+                 int64_t size) {
+    int64_t group = a.heads / a.kv_heads, n = a.head_dim, stride = padded_dim(n);
+    for (int64_t g = 0; g < group; g++) {
+        float most = -INFINITY, weight = 0;
+        for (int64_t p = 0; p < count; p++) {
+            float own = parts[p * size + g];
+            most = own > most ? own : most;
+        }
+        alignas(64) float total[MOST_DIM] = {};
+        for (int64_t p = 0; p < count; p++) {
+            const float *part = parts + p * size, *out = part + 2 * group + g * stride;
+            float faded = exponential(splat(part[g] - most))[0];
+            weight += faded * part[group + g];
+            for (int64_t i = 0; i < stride; i++) total[i] += faded * out[i];
+        }
+        float* to = a.out + (row * a.heads + kv * group + g) * n;
+        for (int64_t i = 0; i < n; i++)
+            to[i] = total[i / (2 * W) * (2 * W) + Kv::place(i % (2 * W))] / weight;
+    }
+}
+
+template <class Kv> static void attend_rows(const AttendArgs &a, int64_t part, int64_t parts) {
+    int64_t group = a.heads / a.kv_heads, size = group * (padded_dim(a.head_dim) + 2);
+    int64_t all = 0;
+    for (int64_t r = 0; r < *a.rows; r++)
+        all += a.kv_heads * pieces_of(a.positions[r], a.window).count;
+    const Share own(all, 1, part, parts);
+    int64_t item = 0;
+    for (int64_t r = 0; r < *a.rows && item < own.end; r++) {
+        Pieces cut = pieces_of(a.positions[r], a.window);
+        int64_t end = item + cut.count * a.kv_heads;
+        for (int64_t i = item > own.begin ? item : own.begin; i < end && i < own.end; i++) {
+            // Key heads that lie beside one another come one after the other.
+            int64_t p = (i - item) / a.kv_heads, kv = (i - item) % a.kv_heads;
+            int64_t from = cut.first + p * cut.each, to = from + cut.each;
+            if (to > a.positions[r] + 1) to = a.positions[r] + 1;
+            float* pieces = a.parts + (r * a.kv_heads + kv) * a.splits * size;
+            float* piece = pieces + p * size;
+            for (int64_t g = 0; g < group; g++) piece[g] = -INFINITY;
+            std::memset(piece + group, 0, (size - group) * 4);
+            attend_piece<Kv>(a, r, kv, from, to, piece);
+            int32_t* done = a.done + r * a.kv_heads + kv;
+            if (__atomic_add_fetch(done, 1, __ATOMIC_ACQ_REL) == cut.count) {
+                join<Kv>(a, r, kv, pieces, cut.count, size);
+                __atomic_store_n(done, 0, __ATOMIC_RELAXED);
+            }
+        }
+        item = end;
+    }
+}
+
+static void attend(const void* given, int64_t part, int64_t parts) {
+    const AttendArgs &a = *static_cast<const AttendArgs*>(given);
+    if (a.kind == FLOAT32) return attend_rows<Floats>(a, part, parts);
+    if (a.kind == BFLOAT16) return attend_rows<Bfloats>(a, part, parts);
+    return attend_rows<Bytes>(a, part, parts);
+}
+
+extern const Entry attention_ops[] = {
+    {"attend", attend, sizeof(AttendArgs)},
+    {nullptr, nullptr, 0},
+};
+
+}  // namespace INFOPT_ISA
+}  // namespace infopt
