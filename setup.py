@@ -39,7 +39,7 @@ class BuildNative(build_ext):
 
 
 def build(target: Path, folder: Path, extra: tuple[str, ...] = ()) -> None:
-    """Compile and link `target`; raises FileNotFoundError without a compiler, CalledProcessError."""
+    """Compile and link `target`; raises FileNotFoundError, CalledProcessError."""
     compiler = os.environ.get("CXX") or next(
         (found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None
     )
