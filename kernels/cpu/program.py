@@ -1,0 +1,85 @@
+"""A list of native calls over buffers that stay where they are, run as often as wanted."""
+
+import ctypes
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infopt.kernels.cpu.native import Call, Native, call, in_order
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""How the ops of a step name what a buffer holds."""
+# Numbers that one thread is through with sooner than another could be called.
+_ALONE = 1 << 12
+
+
+class Program:
+    """Calls appended one by one, each after the ones before; replayed in one native call.
+
+    Ops work on the first `rows` rows of their buffers, which have `capacity` rows: how many there
+    are is set before a run. What a row becomes depends neither on the others nor on `threads`.
+    """
+
+    def __init__(self, native: Native, capacity: int, threads: int) -> None:
+        self.capacity, self.threads = capacity, threads
+        self._native = native
+        self._rows = torch.zeros(1, dtype=torch.int64)
+        self._calls: list[Call] = []
+        self._labels: list[str] = []
+        self._kept: list[Any] = [self._rows]
+        self._ready: ctypes.Array[Call] | None = None
+        self.label = ""
+        """What calls are for that are appended from here on."""
+
+    @property
+    def rows(self) -> int:
+        return int(self._rows)
+
+    @rows.setter
+    def rows(self, rows: int) -> None:
+        assert 0 < rows <= self.capacity
+        self._rows.fill_(rows)
+
+    def buffer(self, *width: int) -> Tensor:
+        """A new float32 buffer [capacity, *width], which holds anything."""
+        return torch.empty(self.capacity, *width, dtype=torch.float32)
+
+    def append(
+        self,
+        name: str,
+        kind: type[ctypes.Structure],
+        tensors: dict[str, Tensor | None],
+        numbers: dict[str, int | float],
+        *,
+        work: int,
+    ) -> None:
+        """Append the op `name`, its arguments of the structure `kind`; `rows` is set here.
+
+        work: numbers that a call goes through, by which it is cut into parts. Tensors are kept, and
+        must be contiguous but for what the op knows of.
+        """
+        held = {key: None if t is None else t.data_ptr() for key, t in tensors.items()}
+        args = kind(rows=self._rows.data_ptr(), **held, **numbers)
+        self._kept += [args, *tensors.values()]
+        parts = 1 if self.threads == 1 else max(1, min(self.threads, work // _ALONE))
+        self._calls.append(call(self._native.op(name, kind), args, parts))
+        self._labels.append(self.label or name)
+        self._ready = None
+
+    def run(self) -> None:
+        """Do all that was appended, on up to `threads` threads."""
+        if self._ready is None:
+            self._ready = in_order(self._calls)
+        self._native.run(self._ready, self.threads)
+
+    def times(self, clock: Callable[[], float] = perf_counter) -> dict[str, float]:
+        """Seconds by label of one run, call by call: a little more than `run` takes."""
+        found: dict[str, float] = {}
+        for label, each in zip(self._labels, self._calls, strict=True):
+            began = clock()
+            self._native.run_one(each, self.threads)
+            found[label] = found.get(label, 0.0) + clock() - began
+        return found
