@@ -33,6 +33,7 @@ from infopt.core.models.mlp import (
     Activate,
     ExpertsMLP,
     FeedForward,
+    Gate,
     GatedMLP,
     PlainMLP,
     activate,
@@ -221,7 +222,7 @@ class _Loader:
         down = self.linear(f"{name}.{names.down}", "mlp")
         activation = self.activation()
         if config.gated:
-            return GatedMLP(wide, down, activation)
+            return GatedMLP(wide, down, Gate(activation))
         return PlainMLP(wide, down, activation)
 
     def activation(self) -> Activate:
@@ -239,22 +240,20 @@ class _Loader:
         hidden, inner = self.config.hidden_size, experts.intermediate_size
         wide = self.tensor(f"{owner}.{_STACKED[0]}", (experts.count, 2 * inner, hidden))
         down = self.tensor(f"{owner}.{_STACKED[1]}", (experts.count, hidden, inner))
-        activation = self.activation()
+        gate = Gate(self.activation())
         return tuple(
-            GatedMLP(
-                Linear(wide[e], fixed=self.fixed), Linear(down[e], fixed=self.fixed), activation
-            )
+            GatedMLP(Linear(wide[e], fixed=self.fixed), Linear(down[e], fixed=self.fixed), gate)
             for e in range(experts.count)
         )
 
     def apart(self, owner: str, experts: Experts) -> tuple[GatedMLP, ...]:
         gate, up, down = self.names.expert
-        activation = self.activation()
+        gate = Gate(self.activation())
         return tuple(
             GatedMLP(
                 side_by_side([self.linear(f"{owner}.{e}.{part}") for part in (gate, up)]),
                 self.linear(f"{owner}.{e}.{down}"),
-                activation,
+                gate,
             )
             for e in range(experts.count)
         )

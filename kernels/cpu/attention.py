@@ -103,7 +103,8 @@ def rotate_and_cache(
     """Norm and rotate queries and keys [capacity, width], in place; write keys and values.
 
     rotary: cosines and sines [capacity, half] of the first 2 half columns. norm: of each head, its
-    weight [heads + kv_heads, head_dim], and epsilon. Scales are heeded that are of the cache's form.
+    weight [heads + kv_heads, head_dim], and epsilon. Scales of another form than the
+    cache's are not heeded.
     """
     kind, row = _kind_and_row(cache)
     calibrated = None

@@ -100,7 +100,7 @@ def norm(
     added: Tensor | None = None,
 ) -> Tensor:
     """As `norm_reference`; `added` [capacity, width] is first added to x, in place."""
-    out = torch.empty_like(x)
+    out = program.buffer(x.shape[1])
     program.append(
         "norm",
         NormArgs,
@@ -136,7 +136,8 @@ def angles(
 ) -> tuple[Tensor, Tensor]:
     """As `angles_reference` of positions int64 [capacity]."""
     half = len(frequencies)
-    cos, sin = program.buffer(half), program.buffer(half)
+    both = torch.empty(2, program.capacity, half)
+    cos, sin = both[0], both[1]
     tensors: dict[str, Tensor | None] = {
         "positions": positions, "frequencies": frequencies, "cos": cos, "sin": sin,
     }  # fmt: skip

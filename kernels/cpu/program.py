@@ -33,6 +33,7 @@ class Program:
         self._ready: ctypes.Array[Call] | None = None
         self.label = ""
         """What calls are for that are appended from here on."""
+        self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     @property
     def rows(self) -> int:
@@ -44,8 +45,18 @@ class Program:
         self._rows.fill_(rows)
 
     def buffer(self, *width: int) -> Tensor:
-        """A new float32 buffer [capacity, *width], which holds anything."""
-        return torch.empty(self.capacity, *width, dtype=torch.float32)
+        """A float32 buffer [capacity, *width], which holds anything.
+
+        Under a label it is the one that was given under that label before, if it is as wide: what
+        is for the same in two layers does not outlive its layer, and stays in the CPU's cache.
+        """
+        if not self.label:
+            return torch.empty(self.capacity, *width, dtype=torch.float32)
+        held = self._buffers.get((self.label, width))
+        if held is None:
+            held = torch.empty(self.capacity, *width, dtype=torch.float32)
+            self._buffers[self.label, width] = held
+        return held
 
     def append(
         self,

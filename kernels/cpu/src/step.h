@@ -16,7 +16,7 @@ using std::int64_t;
     namespace isa {                          \
     extern const Entry elementwise_ops[];    \
     extern const Entry attention_ops[];      \
-    extern const Entry dense_ops[];          \
+    extern const Entry unpacked_ops[];          \
     }
 INFOPT_STEP_TABLES(portable)
 INFOPT_STEP_TABLES(avx2)
@@ -104,7 +104,7 @@ struct CapArgs {
 };
 
 // y = x W^T + b for a few rows, from a weight as it lies in a checkpoint.
-struct DenseArgs {
+struct UnpackedArgs {
     const int64_t* rows;
     const float* x;      // [rows, inputs]
     const void* weight;  // [outputs, inputs], or [inputs, outputs]

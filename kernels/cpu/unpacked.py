@@ -10,7 +10,7 @@ from torch import Tensor
 from infopt.kernels.cpu.program import KINDS, Program
 
 
-class DenseArgs(ctypes.Structure):
+class UnpackedArgs(ctypes.Structure):
     _fields_ = (
         ("rows", c_void_p), ("x", c_void_p), ("weight", c_void_p), ("bias", c_void_p),
         ("y", c_void_p), ("inputs", c_int64), ("outputs", c_int64), ("kind", c_int32),
@@ -18,20 +18,22 @@ class DenseArgs(ctypes.Structure):
     )  # fmt: skip
 
 
-def dense_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def unpacked_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [R, K] times weight [N, K] transposed, plus bias [N], in float32."""
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
 
 
-def dense(program: Program, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As `dense_reference`; the weight is float32 or bfloat16, stored by output or by input."""
+def unpacked(program: Program, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As `unpacked_reference`; the weight is float32 or bfloat16, stored by output or by input."""
     outputs, inputs = weight.shape
     by_input = not weight.is_contiguous()
-    assert x.is_contiguous() and x.shape[1] == inputs and (not by_input or weight.t().is_contiguous())
+    assert (
+        x.is_contiguous() and x.shape[1] == inputs and (not by_input or weight.t().is_contiguous())
+    )
     y = program.buffer(outputs)
     program.append(
-        "dense",
-        DenseArgs,
+        "unpacked",
+        UnpackedArgs,
         {
             "x": x,
             "weight": weight,
@@ -50,7 +52,7 @@ def dense(program: Program, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 
 def takes(weight: Tensor) -> bool:
-    """Whether a weight is one that `dense` can multiply as it is."""
+    """Whether a weight is one that `unpacked` can multiply as it is."""
     return (
         weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.bfloat16)

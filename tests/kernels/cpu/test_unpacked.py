@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from infopt.kernels.cpu.dense import dense, dense_reference
 from infopt.kernels.cpu.native import Native
 from infopt.kernels.cpu.program import Program
+from infopt.kernels.cpu.unpacked import unpacked, unpacked_reference
 
 SHAPES = ((1, 1), (5, 3), (64, 16), (67, 40), (130, 577), (300, 64))
 
@@ -21,12 +21,12 @@ def test_products(
     torch.manual_seed(0)
     weight = torch.randn(shape).to(dtype)
     x, bias = torch.randn(9, shape[1]), torch.randn(shape[0]) if rows % 2 else None
-    wanted = dense_reference(x[:rows], weight, bias)
+    wanted = unpacked_reference(x[:rows], weight, bias)
     if by_input:
         weight = weight.t().contiguous().t()
     program = Program(native, 9, 2)
     program.rows = rows
-    y = dense(program, x, weight, bias).fill_(torch.nan)
+    y = unpacked(program, x, weight, bias).fill_(torch.nan)
     program.run()
     torch.testing.assert_close(y[:rows], wanted, rtol=2e-5, atol=2e-5 * shape[1] ** 0.5)
     assert y[rows:].isnan().all()
@@ -41,7 +41,7 @@ def test_no_row_depends_on_the_others(native: Native, by_input: bool) -> None:
     def run(rows: Tensor, threads: int) -> Tensor:
         program = Program(native, len(rows), threads)
         program.rows = len(rows)
-        y = dense(program, rows.contiguous(), weight, None)
+        y = unpacked(program, rows.contiguous(), weight, None)
         program.run()
         return y
 

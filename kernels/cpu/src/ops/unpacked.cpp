@@ -15,7 +15,7 @@ static inline float number(bf16 x) { return to_float(x); }
 
 // N outputs, whose weights lie in rows of their own, of M rows.
 template <class T, int M, int N>
-static inline void rows_of(const DenseArgs& a, int64_t row, int64_t output) {
+static inline void rows_of(const UnpackedArgs& a, int64_t row, int64_t output) {
     const T* w = static_cast<const T*>(a.weight) + output * a.inputs;
     const float* x = a.x + row * a.inputs;
     vf total[M][N] = {};
@@ -40,7 +40,7 @@ static inline void rows_of(const DenseArgs& a, int64_t row, int64_t output) {
 
 // N vectors of outputs, whose weights lie side by side, of M rows.
 template <class T, int M, int N>
-static inline void columns_of(const DenseArgs& a, int64_t row, int64_t output) {
+static inline void columns_of(const UnpackedArgs& a, int64_t row, int64_t output) {
     const T* w = static_cast<const T*>(a.weight) + output;
     const float* x = a.x + row * a.inputs;
     vf total[M][N] = {};
@@ -61,7 +61,7 @@ static inline void columns_of(const DenseArgs& a, int64_t row, int64_t output) {
 }
 
 template <class T>
-static inline void column_of(const DenseArgs& a, int64_t row, int64_t output) {
+static inline void column_of(const UnpackedArgs& a, int64_t row, int64_t output) {
     const T* w = static_cast<const T*>(a.weight) + output;
     float found = 0;
     for (int64_t k = 0; k < a.inputs; k++)
@@ -70,7 +70,7 @@ static inline void column_of(const DenseArgs& a, int64_t row, int64_t output) {
 }
 
 template <class T, int M>
-static void some_rows(const DenseArgs& a, int64_t row, int64_t from, int64_t to) {
+static void some_rows(const UnpackedArgs& a, int64_t row, int64_t from, int64_t to) {
     int64_t n = from;
     if (a.by_input) {
         for (; n + 4 * W <= to; n += 4 * W) columns_of<T, M, 4>(a, row, n);
@@ -84,7 +84,7 @@ static void some_rows(const DenseArgs& a, int64_t row, int64_t from, int64_t to)
 }
 
 template <class T>
-static void outputs_of(const DenseArgs& a, int64_t from, int64_t to) {
+static void outputs_of(const UnpackedArgs& a, int64_t from, int64_t to) {
     int64_t row = 0;
     for (; row + 4 <= *a.rows; row += 4) some_rows<T, 4>(a, row, from, to);
     switch (*a.rows - row) {
@@ -94,8 +94,8 @@ static void outputs_of(const DenseArgs& a, int64_t from, int64_t to) {
     }
 }
 
-static void dense(const void* given, int64_t part, int64_t parts) {
-    const DenseArgs& a = *static_cast<const DenseArgs*>(given);
+static void unpacked(const void* given, int64_t part, int64_t parts) {
+    const UnpackedArgs& a = *static_cast<const UnpackedArgs*>(given);
     const int64_t step = 4 * W;
     const Share own(a.outputs, step, part, parts);
     // All rows of some outputs before the next: their weights are then still in the cache.
@@ -108,8 +108,8 @@ static void dense(const void* given, int64_t part, int64_t parts) {
     }
 }
 
-extern const Entry dense_ops[] = {
-    {"dense", dense, sizeof(DenseArgs)},
+extern const Entry unpacked_ops[] = {
+    {"unpacked", unpacked, sizeof(UnpackedArgs)},
     {nullptr, nullptr, 0},
 };
 

@@ -1,0 +1,252 @@
+"""A decoder's forward pass, recorded: the same pass, its parts replaced by ones that append calls.
+
+Every part that is called computes nothing, but appends a native op to a program and returns the
+buffer that the op will fill; views of it are tensors as ever.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infopt.core.layers.attention import Attention
+from infopt.core.layers.embedding import Embedding
+from infopt.core.layers.linear import Linear, Projection
+from infopt.core.layers.norm import LayerNorm, Norm, RMSNorm
+from infopt.core.models.config import Activation
+from infopt.core.models.decoder import Decoder, DecoderLayer
+from infopt.core.models.mlp import FeedForward, GatedMLP, PlainMLP
+from infopt.kernels.attention.eight_bits import FP8
+from infopt.kernels.cpu import attention, elementwise, unpacked
+from infopt.kernels.cpu.attention import Heads, Scores, Scratch
+from infopt.kernels.cpu.program import Program
+
+Part = Callable[[Tensor], Tensor]
+
+
+class Unrecordable(Exception):
+    """A part of a decoder that native ops cannot compute; says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a recorded step reads: one token a row."""
+
+    token_ids: Tensor
+    """int64 [capacity]"""
+    positions: Tensor
+    """int64 [capacity]"""
+    slots: Tensor
+    """int64 [capacity]"""
+    tables: Tensor
+    """int32 [capacity, width]: the blocks of each row's sequence."""
+
+    @classmethod
+    def empty(cls, capacity: int, width: int) -> "Rows":
+        numbers = torch.zeros(3, capacity, dtype=torch.int64)
+        tables = torch.zeros(capacity, width, dtype=torch.int32)
+        return cls(numbers[0], numbers[1], numbers[2], tables)
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What a program leaves, in float32."""
+
+    hidden: Tensor
+    """[capacity, hidden], before the last norm."""
+    logits: Tensor
+    """[capacity, vocabulary]"""
+
+
+def record(decoder: Decoder, program: Program, rows: Rows, caches: Sequence[Tensor]) -> Recorded:
+    """Append to `program` the step that reads `rows` and fills `caches`.
+
+    Raises Unrecordable for a decoder with a part that has no native op.
+    """
+    recorder = _Recorder(decoder, program, rows, caches)
+    twin = recorder.twin()
+    hidden = twin.through(twin.embed(rows), recorder, caches)
+    return Recorded(hidden, twin.logits(hidden))
+
+
+class _Recorder:
+    """The parts that append; and what all layers' attention is handed (`Attending`)."""
+
+    def __init__(
+        self, decoder: Decoder, program: Program, rows: Rows, caches: Sequence[Tensor]
+    ) -> None:
+        self.decoder, self.program, self.rows = decoder, program, rows
+        config, cache = decoder.config, caches[0]
+        if decoder.device.type != "cpu":
+            raise Unrecordable(f"it runs on {decoder.device.type}")
+        if cache.dtype == FP8 or cache.dtype == torch.float16:
+            raise Unrecordable(f"its cache is kept in {cache.dtype}")
+        if config.head_dim > attention.MOST_DIM:
+            raise Unrecordable(f"its heads are {config.head_dim} wide")
+        self.shape = Heads(config.heads, config.kv_heads, config.head_dim)
+        context = rows.tables.shape[1] * cache.shape[1]
+        self.scratch: Scratch = attention.new_scratch(program.capacity, self.shape, context)
+        self._rotaries: list[tuple[Tensor, Tensor]] = []
+        self._sum: tuple[Tensor, Tensor] | None = None
+        """A sum still to be appended: a norm of it does both in one."""
+
+    def twin(self) -> Decoder:
+        """The decoder with parts that append; rotations of all layers are appended here."""
+        decoder, program = self.decoder, self.program
+        program.label = "attention"
+        self._rotaries = [
+            elementwise.angles(program, self.rows.positions, table.frequencies, table.magnitude)
+            for table in decoder.rotaries
+        ]
+        return replace(
+            decoder,
+            embedding=self.embedding(decoder.embedding),
+            layers=tuple(self.layer(layer) for layer in decoder.layers),
+            norm=self.norm(decoder.norm),
+            head=self.projection(decoder.head, "lm_head"),
+            positions=None if decoder.positions is None else self.places(decoder.positions),
+            project_in=self.projection(decoder.project_in, "project_in"),
+            project_out=self.projection(decoder.project_out, "project_out"),
+            add=self.add,
+            cap=self.cap,
+        )
+
+    def layer(self, layer: DecoderLayer) -> DecoderLayer:
+        if layer.attention.fixed:
+            raise Unrecordable("it is deterministic: what it computes must be torch's throughout")
+        return replace(
+            layer,
+            input_norm=self.norm(layer.input_norm),
+            attention=replace(
+                layer.attention,
+                qkv=self.projection(layer.attention.qkv, "qkv"),
+                output=self.projection(layer.attention.output, "o"),
+            ),
+            mlp_norm=self.norm(layer.mlp_norm),
+            mlp=self.mlp(layer.mlp),
+            attention_out_norm=self.norm(layer.attention_out_norm),
+            mlp_out_norm=self.norm(layer.mlp_out_norm),
+            add=self.add,
+        )
+
+    def mlp(self, mlp: FeedForward) -> FeedForward:
+        curve = self.decoder.config.activation
+        match mlp:
+            case GatedMLP():
+                return replace(
+                    mlp,
+                    gate_up=self.projection(mlp.gate_up, "gate_up"),
+                    down=self.projection(mlp.down, "down"),
+                    gate=self.gate(curve, gated=True),
+                )
+            case PlainMLP():
+                return replace(
+                    mlp,
+                    up=self.projection(mlp.up, "gate_up"),
+                    down=self.projection(mlp.down, "down"),
+                    activation=self.gate(curve, gated=False),
+                )
+            case _:
+                raise Unrecordable(f"it has a layer of {type(mlp).__name__}")
+
+    # The parts. Each first sees to a sum that is still to be appended.
+
+    def _label(self, label: str) -> Program:
+        if self._sum is not None:
+            x, added = self._sum
+            self._sum, self.program.label = None, "norms"
+            elementwise.add(self.program, x, added)
+        self.program.label = label
+        return self.program
+
+    def embedding(self, part: Embedding) -> Any:
+        def embed(ids: Tensor) -> Tensor:
+            program = self._label("embedding")
+            return elementwise.embed(program, ids, _table(part), part.scale)
+
+        return embed
+
+    def places(self, part: Embedding) -> Any:
+        def embed(ids: Tensor) -> Tensor:
+            program = self._label("positions")
+            return elementwise.embed(program, ids, _table(part), part.scale)
+
+        return embed
+
+    def projection(self, part: Projection | None, label: str) -> Any:
+        match part:
+            case None:
+                return None
+            case Linear(weight=weight, bias=bias, fixed=False) if unpacked.takes(weight):
+
+                def linear(x: Tensor) -> Tensor:
+                    return unpacked.unpacked(self._label(label), x, weight, bias)
+
+                return linear
+            case _:
+                raise Unrecordable(f"its {label} is held as {type(part).__name__}")
+
+    def norm(self, part: Norm | None) -> Any:
+        match part:
+            case None:
+                return None
+            case RMSNorm(weight=weight, eps=eps):
+                bias = None
+            case LayerNorm(weight=weight, bias=bias, eps=eps):
+                pass
+            case _:
+                raise Unrecordable(f"it has a {type(part).__name__}")
+
+        def norm(x: Tensor) -> Tensor:
+            added = None
+            if self._sum is not None and self._sum[0] is x:
+                added, self._sum = self._sum[1], None
+            return elementwise.norm(self._label("norms"), x, weight, bias, eps, added)
+
+        return norm
+
+    def add(self, x: Tensor, added: Tensor) -> Tensor:
+        self._label("norms")
+        self._sum = (x, added)
+        return x
+
+    def gate(self, curve: Activation, *, gated: bool) -> Part:
+        def gate(x: Tensor) -> Tensor:
+            return elementwise.gate(self._label("activation"), x, curve, gated)
+
+        return gate
+
+    def cap(self, logits: Tensor, cap: float) -> Tensor:
+        elementwise.cap(self._label("lm_head"), logits, cap)
+        return logits
+
+    def attend(self, layer: Attention, qkv: Tensor, cache: Tensor) -> Tensor:
+        program, norm = self._label("attention"), layer.head_norm
+        attention.rotate_and_cache(
+            program,
+            qkv,
+            self.rows.slots,
+            cache,
+            self.shape,
+            rotary=None if layer.rotary is None else self._rotaries[layer.rotary],
+            norm=None if norm is None else (norm.weight, norm.eps),
+            scales=layer.kv_scales,
+        )
+        return attention.attend(
+            program,
+            qkv,
+            cache,
+            self.rows.positions,
+            self.rows.tables,
+            self.shape,
+            Scores(layer.scale, layer.window, layer.cap),
+            self.scratch,
+        )
+
+
+def _table(part: Embedding) -> Tensor:
+    if part.weight.dtype not in (torch.float32, torch.bfloat16):
+        raise Unrecordable(f"its embeddings are {part.weight.dtype}")
+    return part.weight

@@ -1,0 +1,144 @@
+"""Decode steps that were recorded once, and are replayed with no Python between their kernels.
+
+On a CPU a program is a native list of calls. A step whose requests have one token each, and want
+logits and nothing else, is replayed where there is a program; all others are computed part by part.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from infopt.core.models.decoder import Decoder, StepInputs
+from infopt.core.models.record import Rows, Unrecordable, record
+from infopt.kernels.cpu.native import Native, NativeError, load
+from infopt.kernels.cpu.program import Program
+
+MOST_ROWS = 32
+"""Beyond, products are matrix by matrix, which torch does faster."""
+_FEWEST_BLOCKS = 16
+
+
+class StepProgram(Protocol):
+    """A step of up to `capacity` requests, each of up to `width` blocks."""
+
+    capacity: int
+    width: int
+
+    def replay(self, inputs: StepInputs) -> Tensor:
+        """Logits float32 [R, vocabulary] of a step of one token each; good until the next replay.
+
+        The caches are filled as an ordinary step fills them.
+        """
+        ...
+
+
+class NativeStep:
+    """A `StepProgram` on a CPU."""
+
+    def __init__(
+        self,
+        native: Native,
+        decoder: Decoder,
+        caches: Sequence[Tensor],
+        *,
+        capacity: int,
+        width: int,
+        threads: int,
+    ) -> None:
+        """Record; raises Unrecordable for a decoder with a part that has no native op."""
+        self.capacity, self.width, self.threads = capacity, width, threads
+        # Not of inference mode, or nobody could write into the buffers outside of that.
+        with torch.inference_mode(False):
+            self._program = Program(native, capacity, threads)
+            self._rows = Rows.empty(capacity, width)
+            self._tables = self._rows.tables.numpy()
+            self._result = record(decoder, self._program, self._rows, caches)
+
+    def replay(self, inputs: StepInputs) -> Tensor:
+        self._fill(inputs)
+        self._program.run()
+        return self._result.logits[: self._program.rows]
+
+    def times(self, inputs: StepInputs) -> dict[str, float]:
+        """Seconds by operator of one replay, its calls made one by one."""
+        self._fill(inputs)
+        return self._program.times()
+
+    def _fill(self, inputs: StepInputs) -> None:
+        rows, count = self._rows, len(inputs.token_ids)
+        self._program.rows = count
+        rows.token_ids[:count] = inputs.token_ids
+        rows.positions[:count] = inputs.positions
+        rows.slots[:count] = inputs.slots
+        for row, table in enumerate(inputs.plan.tables):
+            self._tables[row, : len(table)] = np.asarray(table, dtype=np.int32)
+
+
+class NativeSteps:
+    """Records a step when the first comes that is so large, and again when a larger one does."""
+
+    def __init__(self, native: Native, decoder: Decoder, caches: Sequence[Tensor]) -> None:
+        """Raises Unrecordable for a decoder with a part that has no native op."""
+        self._native, self._decoder, self._caches = native, decoder, caches
+        self._step = self._record(1, _FEWEST_BLOCKS)
+
+    def step_for(self, inputs: StepInputs) -> NativeStep | None:
+        """The program of a step; None where it has more rows than programs have, or several of one
+        request."""
+        tables = inputs.plan.tables
+        if len(tables) != len(inputs.token_ids) or len(tables) > MOST_ROWS:
+            return None
+        step, rows, width = self._step, len(tables), max(map(len, tables))
+        fits = rows <= step.capacity and width <= step.width
+        if not fits or torch.get_num_threads() != step.threads:
+            self._step = self._record(
+                max(step.capacity, _at_least(rows)), max(step.width, _at_least(width))
+            )
+        return self._step
+
+    def _record(self, capacity: int, width: int) -> NativeStep:
+        return NativeStep(
+            self._native,
+            self._decoder,
+            self._caches,
+            capacity=capacity,
+            width=width,
+            threads=torch.get_num_threads(),
+        )
+
+
+class Replays:
+    """The steps of a decoder that are replayed, and how many were; or why none is."""
+
+    def __init__(self, steps: NativeSteps | None, reason: str | None = None) -> None:
+        self._steps, self.reason = steps, reason
+        self.count = 0
+
+    def logits(self, inputs: StepInputs) -> Tensor | None:
+        """As `StepProgram.replay`; None for a step that is to be computed part by part."""
+        program = None if self._steps is None else self._steps.step_for(inputs)
+        if program is None:
+            return None
+        self.count += 1
+        return program.replay(inputs)
+
+
+def recorded(decoder: Decoder, caches: Sequence[Tensor]) -> Replays:
+    """The decode steps of `decoder` over `caches`, where native ops can compute them."""
+    if os.environ.get("INFOPT_KERNELS") == "torch":
+        return Replays(None, "INFOPT_KERNELS=torch")
+    try:
+        return Replays(NativeSteps(load(), decoder, caches))
+    except Unrecordable as error:
+        return Replays(None, f"the decoder cannot be recorded: {error}")
+    except NativeError as error:
+        return Replays(None, str(error))
+
+
+def _at_least(number: int) -> int:
+    """The power of two that is no less."""
+    return 1 << (number - 1).bit_length()
