@@ -248,12 +248,12 @@ class _Loader:
 
     def apart(self, owner: str, experts: Experts) -> tuple[GatedMLP, ...]:
         gate, up, down = self.names.expert
-        gate = Gate(self.activation())
+        gating = Gate(self.activation())
         return tuple(
             GatedMLP(
                 side_by_side([self.linear(f"{owner}.{e}.{part}") for part in (gate, up)]),
                 self.linear(f"{owner}.{e}.{down}"),
-                gate,
+                gating,
             )
             for e in range(experts.count)
         )

@@ -138,7 +138,7 @@ def angles(
     half = len(frequencies)
     both = torch.empty(2, program.capacity, half)
     cos, sin = both[0], both[1]
-    tensors: dict[str, Tensor | None] = {
+    tensors = {
         "positions": positions, "frequencies": frequencies, "cos": cos, "sin": sin,
     }  # fmt: skip
     numbers = {"half": half, "magnitude": magnitude}

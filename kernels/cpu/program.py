@@ -1,7 +1,7 @@
 """A list of native calls over buffers that stay where they are, run as often as wanted."""
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -62,8 +62,8 @@ class Program:
         self,
         name: str,
         kind: type[ctypes.Structure],
-        tensors: dict[str, Tensor | None],
-        numbers: dict[str, int | float],
+        tensors: Mapping[str, Tensor | None],
+        numbers: Mapping[str, int | float],
         *,
         work: int,
     ) -> None:

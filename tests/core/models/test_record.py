@@ -1,0 +1,189 @@
+"""Recorded steps against the same decoder's ordinary ones, for every kind of model."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from infopt.core.artifact.read import Artifact
+from infopt.core.layers.linear import Linear
+from infopt.core.models.decoder import Decoder, StepInputs
+from infopt.core.models.load import load_decoder
+from infopt.core.models.record import Recorded, Rows, Unrecordable, record
+from infopt.kernels.attention.cache import new_cache
+from infopt.kernels.attention.paged import plan_attention
+from infopt.kernels.cpu.native import Native, NativeError, load
+from infopt.kernels.cpu.program import Program
+from tests.core.models.conftest import KINDS
+
+CPU = torch.device("cpu")
+SIZE, BLOCKS = 4, 12
+LENGTHS = (37, 12, 1, 25)
+EXPERTS = ("mixtral", "qwen3-moe", "qwen3-moe-normalized")
+Tiny = Callable[[str], tuple[Artifact, Any]]
+
+
+@pytest.fixture(scope="module")
+def native() -> Native:
+    try:
+        return load()
+    except NativeError as error:
+        pytest.skip(str(error))
+
+
+def caches_of(decoder: Decoder, kept: torch.dtype) -> list[Tensor]:
+    config = decoder.config
+    shape = (BLOCKS * len(LENGTHS), SIZE, config.kv_heads, config.head_dim)
+    return [new_cache(*shape, kept, CPU) for _ in range(config.layers)]
+
+
+def inputs_of(prompts: list[Tensor], spans: list[tuple[int, int, int]]) -> StepInputs:
+    """(prompt, start, end), those of a single token first."""
+    tables = [list(range(BLOCKS * p, BLOCKS * (p + 1))) for p, _, _ in spans]
+    starts = [0]
+    for _, start, end in spans:
+        starts.append(starts[-1] + end - start)
+    return StepInputs(
+        torch.cat([prompts[p][start:end] for p, start, end in spans]),
+        torch.cat([torch.arange(start, end) for _, start, end in spans]),
+        torch.cat([torch.arange(start, end) + BLOCKS * SIZE * p for p, start, end in spans]),
+        plan_attention(tables, [e for _, _, e in spans], starts, SIZE, prompts[0].dtype, CPU),
+    )
+
+
+def prefilled(decoder: Decoder, prompts: list[Tensor], kept: torch.dtype) -> list[Tensor]:
+    """Caches that hold all but the last token of each prompt; NaN where nothing is."""
+    caches = caches_of(decoder, kept)
+    for cache in caches:
+        cache.view(torch.uint8).fill_(0xFF)
+    spans = [(p, 0, n - 1) for p, n in enumerate(LENGTHS) if n > 1]
+    inputs = inputs_of(prompts, spans)
+    plan = plan_attention(
+        inputs.plan.tables, [n - 1 for n in LENGTHS if n > 1],
+        [0, 36, 47, 71], SIZE, decoder.dtype, CPU,
+    )  # fmt: skip
+    decoder(replace(inputs, plan=plan), caches)
+    return caches
+
+
+def last_tokens(decoder: Decoder, prompts: list[Tensor]) -> StepInputs:
+    spans = [(p, n - 1, n) for p, n in enumerate(LENGTHS)]
+    found = inputs_of(prompts, spans)
+    plan = plan_attention(
+        found.plan.tables, list(LENGTHS), [0, 1, 2, 3, 4], SIZE, decoder.dtype, CPU
+    )
+    return replace(found, plan=plan)
+
+
+def recorded(
+    native: Native, decoder: Decoder, caches: list[Tensor], capacity: int = 6
+) -> tuple[Program, Rows, Recorded]:
+    program, rows = Program(native, capacity, 1), Rows.empty(capacity, BLOCKS)
+    result = record(decoder, program, rows, caches)
+    for buffer in (result.hidden, result.logits):
+        buffer.fill_(torch.nan)
+    return program, rows, result
+
+
+def replay(program: Program, rows: Rows, inputs: StepInputs) -> None:
+    program.rows = count = len(inputs.token_ids)
+    rows.token_ids[:count] = inputs.token_ids
+    rows.positions[:count] = inputs.positions
+    rows.slots[:count] = inputs.slots
+    rows.tables[:count] = torch.tensor([list(table) for table in inputs.plan.tables])
+    program.run()
+
+
+def prompts_of() -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randint(97, (n,)) for n in LENGTHS]
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in EXPERTS])
+def test_in_float32_a_recorded_step_is_the_ordinary_one(
+    kind: str, tiny: Tiny, native: Native
+) -> None:
+    decoder, prompts = load_decoder(tiny(kind)[0], torch.float32, CPU), prompts_of()
+    with torch.inference_mode(False):
+        caches = prefilled(decoder, prompts, torch.float32)
+        program, rows, result = recorded(native, decoder, caches)
+    inputs = last_tokens(decoder, prompts)
+    ordinary = [cache.clone() for cache in caches]
+    hidden = decoder(inputs, ordinary)
+    wanted = decoder.logits(hidden.clone())
+    for _ in range(2):  # the second time as the first
+        replay(program, rows, inputs)
+        assert float((result.logits[:4] - wanted).abs().max()) < 1e-4
+        assert float((result.hidden[:4] - hidden).abs().max()) < 1e-4
+    assert result.logits[4:].isnan().all() and result.hidden[4:].isnan().all()
+    for ours, theirs in zip(caches, ordinary, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "gpt2", "mistral-window"])
+def test_in_bfloat16_it_is_no_farther_from_the_truth(
+    kind: str, kept: torch.dtype, tiny: Tiny, native: Native
+) -> None:
+    artifact, prompts = tiny(kind)[0], prompts_of()
+    decoder = load_decoder(artifact, torch.bfloat16, CPU)
+    with torch.inference_mode(False):
+        caches = prefilled(decoder, prompts, kept)
+        program, rows, result = recorded(native, decoder, caches)
+    replay(program, rows, last_tokens(decoder, prompts))
+    ordinary = prefilled(decoder, prompts, kept)
+    theirs = decoder.logits(decoder(last_tokens(decoder, prompts), ordinary))
+
+    exact = load_decoder(artifact, torch.float32, CPU)
+    truth = exact.logits(
+        exact(last_tokens(exact, prompts), prefilled(exact, prompts, torch.float32))
+    )
+    assert distance(result.logits[:4], truth) < 1.3 * distance(theirs, truth) + 2e-3
+    assert distance(result.logits[:4], theirs) < 3e-2
+
+
+@torch.inference_mode()
+def test_no_row_depends_on_the_others(tiny: Tiny, native: Native) -> None:
+    """To the last bit, in the logits and in the cache."""
+    decoder, prompts = load_decoder(tiny("llama")[0], torch.float32, CPU), prompts_of()
+    inputs = last_tokens(decoder, prompts)
+    with torch.inference_mode(False):
+        caches = prefilled(decoder, prompts, torch.float32)
+        together = recorded(native, decoder, caches)
+        apart = recorded(native, decoder, caches, capacity=1)
+    replay(together[0], together[1], inputs)
+    held = caches[1].clone()
+    for p, length in enumerate(LENGTHS):
+        one = inputs_of(prompts, [(p, length - 1, length)])
+        replay(apart[0], apart[1], one)
+        assert torch.equal(apart[2].logits[0], together[2].logits[p])
+    assert torch.equal(caches[1].nan_to_num(7.0), held.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_are_not_recorded(kind: str, tiny: Tiny, native: Native) -> None:
+    decoder = load_decoder(tiny(kind)[0], torch.float32, CPU)
+    with pytest.raises(Unrecordable, match="ExpertsMLP"):
+        recorded(native, decoder, caches_of(decoder, torch.float32))
+
+
+def test_what_has_no_native_op_is_not_recorded(tiny: Tiny, native: Native) -> None:
+    artifact = tiny("llama")[0]
+    decoder = load_decoder(artifact, torch.float32, CPU)
+    with pytest.raises(Unrecordable, match="cache"):
+        recorded(native, decoder, caches_of(decoder, torch.float8_e4m3fn))
+    fixed = load_decoder(artifact, torch.float32, CPU, deterministic=True)
+    with pytest.raises(Unrecordable, match=r"lm_head|deterministic"):
+        recorded(native, fixed, caches_of(fixed, torch.float32))
+    half = replace(decoder, head=Linear(torch.zeros(97, 64, dtype=torch.float16)))
+    with pytest.raises(Unrecordable, match="lm_head"):
+        recorded(native, half, caches_of(decoder, torch.float32))
