@@ -117,7 +117,7 @@ def dense_linear(
     y = x.new_empty(x.shape[0], weight.outputs)
     args = dense_args(x, weight, bias, y)
     op = native.op(f"linear_{NAMES[x.dtype]}", DenseArgs)
-    native.run_one(call(op, args, parts(*y.shape, x.shape[1], threads)), threads)
+    native.run_one(call(op, args, parts(len(x), weight.outputs, x.shape[1], threads)), threads)
     return y
 
 
@@ -163,5 +163,5 @@ def dense_rows(native: Native, weight: DensePanels, ids: Tensor, *, threads: int
         weight.panels.data_ptr(), ids.data_ptr(), y.data_ptr(), len(ids), weight.shape[1]
     )
     op = native.op(f"rows_{NAMES[y.dtype]}", RowsArgs)
-    native.run_one(call(op, args, parts(*y.shape, 1, threads)), threads)
+    native.run_one(call(op, args, parts(len(ids), y.shape[1], 1, threads)), threads)
     return y

@@ -33,15 +33,15 @@ def close(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None
     assert error < TOLERANCE[dtype], error
 
 
-@given(
-    n=st.integers(1, 100), half=st.integers(1, 40), dtype=st.sampled_from(DTYPES)
-)
+@given(n=st.integers(1, 100), half=st.integers(1, 40), dtype=st.sampled_from(DTYPES))
 def test_panels_hold_the_weight_and_zeros(n: int, half: int, dtype: torch.dtype) -> None:
     weight = weight_of(n, 2 * half, dtype)
     packed = pack_dense(weight)
     assert packed.shape == (n, 2 * half)
     assert torch.equal(unpack_dense(packed), weight)
-    assert packed.panels.float().abs().sum() == pytest.approx(float(weight.float().abs().sum()), rel=1e-3)
+    assert packed.panels.float().abs().sum() == pytest.approx(
+        float(weight.float().abs().sum()), rel=1e-3
+    )
 
 
 def test_what_cannot_be_packed() -> None:
