@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from infopt.core.layers.attention import Attending, Attention, AttentionInputs
-from infopt.core.layers.embedding import Embedding
-from infopt.core.layers.linear import Linear, Projection
+from infopt.core.layers.embedding import Embedding, Table
+from infopt.core.layers.linear import Projection
 from infopt.core.layers.norm import Norm
 from infopt.core.layers.rotary import Rotary
 from infopt.core.models.config import ModelConfig
@@ -121,7 +121,7 @@ class Decoder:
     """Weights and the forward pass; the cache belongs to the caller."""
 
     config: ModelConfig
-    embedding: Embedding
+    embedding: Table
     layers: tuple[DecoderLayer, ...]
     norm: Norm | None
     head: Projection
@@ -136,11 +136,11 @@ class Decoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embedding.weight.dtype
+        return self.embedding.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.weight.device
+        return self.embedding.device
 
     @property
     def step_bytes(self) -> int:
@@ -153,7 +153,7 @@ class Decoder:
     @property
     def resident_bytes(self) -> int:
         """Bytes of all weights in memory, a tied table once."""
-        tied = isinstance(self.head, Linear) and self.head.weight is self.embedding.weight
+        tied = self.embedding.held_by(self.head)
         tables = (None if tied else self.embedding, self.positions)
         rows = sum(table.nbytes for table in tables if table is not None)
         return sum(layer.nbytes for layer in self.layers) + self._outer_bytes + rows

@@ -12,7 +12,6 @@ from infopt.core.artifact.read import Artifact
 from infopt.core.errors import UsageError
 from infopt.core.hardware.choose import choose_device, choose_dtype
 from infopt.core.models.config import ModelConfig
-from infopt.core.models.load import load_decoder
 from infopt.core.recipe.serve import EngineSettings
 from infopt.core.runtime.batch import Batch, build_batch
 from infopt.core.runtime.beam_group import BeamGroup
@@ -31,6 +30,7 @@ from infopt.core.runtime.limits import (
     read_eos_token_ids,
     requested_length,
 )
+from infopt.core.runtime.loaded import load_for
 from infopt.core.runtime.model_runner import ModelRunner
 from infopt.core.runtime.penalties import changes_logits
 from infopt.core.runtime.pooling import embedding, pool
@@ -97,7 +97,7 @@ class Engine:
         limit = longest_sequence(config, settings)
         name = choose_device(settings.device)
         device, dtype = torch.device(name), getattr(torch, choose_dtype(settings.dtype, name))
-        decoder = load_decoder(artifact, dtype, device, deterministic=settings.deterministic)
+        decoder = load_for(settings, artifact, dtype, device)
         kept = cache_dtype(settings.kv_dtype, artifact, dtype)
         blocks = settings.kv_blocks or blocks_that_fit(
             config,

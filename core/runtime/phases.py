@@ -7,10 +7,10 @@ import torch
 from infopt.core.artifact.read import Artifact
 from infopt.core.hardware.choose import choose_device, choose_dtype
 from infopt.core.models.decoder import Decoder
-from infopt.core.models.load import load_decoder
 from infopt.core.recipe.serve import EngineSettings
 from infopt.core.runtime.batch import Span, step_inputs
 from infopt.core.runtime.kv_cache import KVCache, cache_dtype
+from infopt.core.runtime.loaded import load_for
 from infopt.core.runtime.model_runner import ModelRunner
 from infopt.kernels.attention.eight_bits import fill_with_noise
 
@@ -26,11 +26,8 @@ class PhaseRunner:
         self.dtype = choose_dtype(settings.dtype, name)
         self._device = torch.device(name)
         self._block_size = settings.block_size
-        self._loaded = self._decoder = load_decoder(
-            artifact,
-            getattr(torch, self.dtype),
-            self._device,
-            deterministic=settings.deterministic,
+        self._loaded = self._decoder = load_for(
+            settings, artifact, getattr(torch, self.dtype), self._device
         )
         self._kept = cache_dtype(settings.kv_dtype, artifact, self._decoder.dtype)
         self.weight_bytes = self._decoder.step_bytes

@@ -18,6 +18,10 @@ class NativeError(Exception):
     """The native kernels cannot be used as was asked; one line says why."""
 
 
+class NoLibraryError(NativeError):
+    """There is no library, or none that can be loaded."""
+
+
 class Call(ctypes.Structure):
     """One op to run: pool.h's `Call`. Keeps nothing alive: what it points to must outlive it."""
 
@@ -55,6 +59,12 @@ class Native:
         """Run calls one after the other, each on up to `threads` threads; returns when all are
         done. Other threads of Python run meanwhile."""
         self._run(calls, len(calls), threads)
+
+    @property
+    def build(self) -> str:
+        """What tells this build of the library from others."""
+        found = _FILE.stat()
+        return f"{found.st_size}-{int(found.st_mtime)}"
 
     def run_one(self, call: Call, threads: int) -> None:
         """As `run`, of a single call."""
@@ -106,7 +116,7 @@ def _library(file: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(file))
     except OSError as error:
         built = "cannot be loaded" if file.exists() else "were not built"
-        raise NativeError(f"the native kernels {built} ({error})") from error
+        raise NoLibraryError(f"the native kernels {built} ({error})") from error
     library.infopt_usable.restype = c_int
     library.infopt_op.argtypes = (c_int, c_char_p, c_int64)
     library.infopt_op.restype = c_void_p
