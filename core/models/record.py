@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from infopt.core.layers.attention import Attention
-from infopt.core.layers.embedding import Embedding
+from infopt.core.layers.embedding import Embedding, Table
 from infopt.core.layers.linear import Linear, Projection
+from infopt.core.layers.native import NativeEmbedding, NativeLinear
 from infopt.core.layers.norm import LayerNorm, Norm, RMSNorm
 from infopt.core.models.config import Activation
 from infopt.core.models.decoder import Decoder, DecoderLayer
 from infopt.core.models.mlp import FeedForward, GatedMLP, PlainMLP
 from infopt.kernels.attention.eight_bits import FP8
-from infopt.kernels.cpu import attention, elementwise, unpacked
+from infopt.kernels.cpu import attention, elementwise, packed, unpacked
 from infopt.kernels.cpu.attention import Heads, Scores, Scratch
-from infopt.kernels.cpu.program import Program
+from infopt.kernels.cpu.program import KINDS, Program
 
 Part = Callable[[Tensor], Tensor]
 
@@ -102,11 +103,13 @@ class _Recorder:
         ]
         return replace(
             decoder,
-            embedding=self.embedding(decoder.embedding),
+            embedding=self.table(decoder.embedding, "embedding"),
             layers=tuple(self.layer(layer) for layer in decoder.layers),
             norm=self.norm(decoder.norm),
             head=self.projection(decoder.head, "lm_head"),
-            positions=None if decoder.positions is None else self.places(decoder.positions),
+            positions=None
+            if decoder.positions is None
+            else self.table(decoder.positions, "positions"),
             project_in=self.projection(decoder.project_in, "project_in"),
             project_out=self.projection(decoder.project_out, "project_out"),
             add=self.add,
@@ -161,24 +164,33 @@ class _Recorder:
         self.program.label = label
         return self.program
 
-    def embedding(self, part: Embedding) -> Any:
-        def embed(ids: Tensor) -> Tensor:
-            program = self._label("embedding")
-            return elementwise.embed(program, ids, _table(part), part.scale)
+    def table(self, part: Table, label: str) -> Any:
+        match part:
+            case Embedding(weight=weight, scale=scale) if weight.dtype in KINDS:
 
-        return embed
+                def rows(ids: Tensor) -> Tensor:
+                    return elementwise.embed(self._label(label), ids, weight, scale)
 
-    def places(self, part: Embedding) -> Any:
-        def embed(ids: Tensor) -> Tensor:
-            program = self._label("positions")
-            return elementwise.embed(program, ids, _table(part), part.scale)
+                return rows
+            case NativeEmbedding(weight=panels, scale=scale):
 
-        return embed
+                def packed_rows(ids: Tensor) -> Tensor:
+                    return packed.packed_embed(self._label(label), ids, panels, scale)
+
+                return packed_rows
+            case _:
+                raise Unrecordable(f"its {label} are held as {type(part).__name__}")
 
     def projection(self, part: Projection | None, label: str) -> Any:
         match part:
             case None:
                 return None
+            case NativeLinear(weight=panels, bias=bias):
+
+                def product(x: Tensor) -> Tensor:
+                    return packed.dense(self._label(label), x, panels, bias)
+
+                return product
             case Linear(weight=weight, bias=bias, fixed=False) if unpacked.takes(weight):
 
                 def linear(x: Tensor) -> Tensor:
@@ -244,9 +256,3 @@ class _Recorder:
             Scores(layer.scale, layer.window, layer.cap),
             self.scratch,
         )
-
-
-def _table(part: Embedding) -> Tensor:
-    if part.weight.dtype not in (torch.float32, torch.bfloat16):
-        raise Unrecordable(f"its embeddings are {part.weight.dtype}")
-    return part.weight

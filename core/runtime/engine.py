@@ -118,7 +118,10 @@ class Engine:
 
         return cls(
             ModelRunner.recorded(
-                decoder, cache, open_store(artifact, settings, decoder, cache, kept)
+                settings.kernels,
+                decoder,
+                cache,
+                open_store(artifact, settings, decoder, cache, kept),
             ),
             settings=settings,
             max_model_len=held_sequence(limit, blocks * settings.block_size, settings),

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from infopt.core.hardware.native import find_native
 from infopt.core.models.decoder import Decoder, StepInputs
+from infopt.core.recipe.serve import Kernels
 from infopt.core.runtime.kv_cache import KVCache
 from infopt.core.runtime.prefix_store import PrefixStore
 from infopt.core.runtime.scheduler import Step
@@ -35,10 +37,12 @@ class ModelRunner:
 
     @classmethod
     def recorded(
-        cls, decoder: Decoder, cache: KVCache, store: PrefixStore | None = None
+        cls, kernels: Kernels, decoder: Decoder, cache: KVCache, store: PrefixStore | None = None
     ) -> "ModelRunner":
-        """One that replays decode steps where native kernels can compute them."""
-        return cls(decoder, cache, store, recorded(decoder, cache.layers))
+        """One that replays decode steps on a CPU, where its native kernels are to be used and can
+        compute them; raises as `find_native`."""
+        native = find_native(kernels) if decoder.device.type == "cpu" else None
+        return cls(decoder, cache, store, recorded(native, decoder, cache.layers))
 
     @torch.inference_mode()
     def move_blocks(self, step: Step) -> None:

@@ -34,6 +34,7 @@ class PhaseRunner:
         """Bytes of weights that a decode step reads."""
         self.resident_bytes = self._decoder.resident_bytes
         """Bytes of all weights in memory."""
+        self._kernels = settings.kernels
         self._tokens = torch.Generator().manual_seed(settings.seed)
         self._runner: ModelRunner | None = None
         self._decoding: list[Span] = []
@@ -84,7 +85,10 @@ class PhaseRunner:
                 dtype=self._kept,
                 device=self._device,
             )
-            self._runner = ModelRunner(self._decoder, cache)
+            # With clocks at the operators a step is computed part by part.
+            clocked = self._decoder is not self._loaded
+            kernels = "torch" if clocked else self._kernels
+            self._runner = ModelRunner.recorded(kernels, self._decoder, cache)
         self._decoding = []
         return self._runner
 

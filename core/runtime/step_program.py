@@ -4,7 +4,6 @@ On a CPU a program is a native list of calls. A step whose requests have one tok
 logits and nothing else, is replayed where there is a program; all others are computed part by part.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from infopt.core.models.decoder import Decoder, StepInputs
 from infopt.core.models.record import Rows, Unrecordable, record
-from infopt.kernels.cpu.native import Native, NativeError, load
+from infopt.kernels.cpu.native import Native
 from infopt.kernels.cpu.program import Program
 
 MOST_ROWS = 32
@@ -127,16 +126,14 @@ class Replays:
         return program.replay(inputs)
 
 
-def recorded(decoder: Decoder, caches: Sequence[Tensor]) -> Replays:
+def recorded(native: Native | None, decoder: Decoder, caches: Sequence[Tensor]) -> Replays:
     """The decode steps of `decoder` over `caches`, where native ops can compute them."""
-    if os.environ.get("INFOPT_KERNELS") == "torch":
-        return Replays(None, "INFOPT_KERNELS=torch")
+    if native is None:
+        return Replays(None, "there are no native kernels, or they are not wanted")
     try:
-        return Replays(NativeSteps(load(), decoder, caches))
+        return Replays(NativeSteps(native, decoder, caches))
     except Unrecordable as error:
         return Replays(None, f"the decoder cannot be recorded: {error}")
-    except NativeError as error:
-        return Replays(None, str(error))
 
 
 def _at_least(number: int) -> int:

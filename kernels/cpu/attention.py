@@ -34,6 +34,7 @@ class AttendArgs(ctypes.Structure):
     _fields_ = (
         ("rows", c_void_p), ("qkv", c_void_p), ("cache", c_void_p), ("positions", c_void_p),
         ("tables", c_void_p), ("out", c_void_p), ("parts", c_void_p), ("done", c_void_p),
+        ("rounded", c_void_p), ("rounded_stride", c_int64),
         ("heads", c_int64), ("kv_heads", c_int64), ("head_dim", c_int64), ("row_bytes", c_int64),
         ("block_size", c_int64), ("width", c_int64), ("splits", c_int64), ("window", c_int64),
         ("scale", c_float), ("cap", c_float), ("kind", c_int32),
@@ -133,7 +134,7 @@ def rotate_and_cache(
             "eps": eps,
             "kind": kind,
         },
-        work=qkv.numel(),
+        parts=program.parts(qkv.numel()),
     )
 
 
@@ -180,7 +181,8 @@ def attend(
             "cap": scores.cap or 0.0,
             "kind": kind,
         },
-        work=64 * qkv.numel(),
+        parts=2 * program.threads,
+        out=out,
     )
     return out
 

@@ -27,7 +27,8 @@ class EmbedArgs(ctypes.Structure):
 class NormArgs(ctypes.Structure):
     _fields_ = (
         ("rows", c_void_p), ("x", c_void_p), ("added", c_void_p), ("weight", c_void_p),
-        ("bias", c_void_p), ("out", c_void_p), ("width", c_int64), ("eps", c_float),
+        ("bias", c_void_p), ("out", c_void_p), ("rounded", c_void_p), ("rounded_stride", c_int64),
+        ("width", c_int64), ("eps", c_float),
     )  # fmt: skip
 
 
@@ -44,8 +45,8 @@ class AnglesArgs(ctypes.Structure):
 
 class GateArgs(ctypes.Structure):
     _fields_ = (
-        ("rows", c_void_p), ("x", c_void_p), ("out", c_void_p), ("inner", c_int64),
-        ("curve", c_int32), ("gated", c_int32),
+        ("rows", c_void_p), ("x", c_void_p), ("out", c_void_p), ("rounded", c_void_p),
+        ("rounded_stride", c_int64), ("inner", c_int64), ("curve", c_int32), ("gated", c_int32),
     )  # fmt: skip
 
 
@@ -80,7 +81,8 @@ def _embed(
         EmbedArgs,
         {"ids": ids, "table": table, "x": x},
         {"width": width, "scale": scale, "kind": KINDS[table.dtype], "adds": adds},
-        work=x.numel(),
+        parts=program.parts(x.numel()),
+        changes=x,
     )
 
 
@@ -112,7 +114,9 @@ def norm(
             "out": out,
         },
         {"width": x.shape[1], "eps": eps},
-        work=x.numel(),
+        parts=program.parts(x.numel()),
+        out=out,
+        changes=None if added is None else x,
     )
     return out
 
@@ -120,7 +124,8 @@ def norm(
 def add(program: Program, x: Tensor, added: Tensor) -> None:
     """x += added, both [capacity, width]."""
     numbers = {"width": x.shape[1]}
-    program.append("add", AddArgs, {"x": x, "added": added}, numbers, work=x.numel())
+    tensors, parts = {"x": x, "added": added}, program.parts(x.numel())
+    program.append("add", AddArgs, tensors, numbers, parts=parts, changes=x)
 
 
 def angles_reference(
@@ -142,7 +147,7 @@ def angles(
         "positions": positions, "frequencies": frequencies, "cos": cos, "sin": sin,
     }  # fmt: skip
     numbers = {"half": half, "magnitude": magnitude}
-    program.append("angles", AnglesArgs, tensors, numbers, work=16 * cos.numel())
+    program.append("angles", AnglesArgs, tensors, numbers, parts=program.parts(16 * cos.numel()))
     return cos, sin
 
 
@@ -165,7 +170,8 @@ def gate(program: Program, x: Tensor, curve: Curve, gated: bool) -> Tensor:
     """As `gate_reference`."""
     out = program.buffer(x.shape[1] // 2 if gated else x.shape[1])
     numbers = {"inner": out.shape[1], "curve": _CURVES[curve], "gated": gated}
-    program.append("gate", GateArgs, {"x": x, "out": out}, numbers, work=4 * x.numel())
+    tensors, parts = {"x": x, "out": out}, program.parts(4 * x.numel())
+    program.append("gate", GateArgs, tensors, numbers, parts=parts, out=out)
     return out
 
 
@@ -177,4 +183,5 @@ def cap_reference(x: Tensor, cap: float) -> Tensor:
 def cap(program: Program, x: Tensor, cap: float) -> None:
     """As `cap_reference`, in place."""
     numbers = {"width": x.shape[1], "cap": cap}
-    program.append("cap", CapArgs, {"x": x}, numbers, work=4 * x.numel())
+    parts = program.parts(4 * x.numel())
+    program.append("cap", CapArgs, {"x": x}, numbers, parts=parts, changes=x)

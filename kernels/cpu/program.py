@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Callable, Mapping
+from ctypes import c_int64, c_void_p
 from time import perf_counter
 from typing import Any
 
@@ -14,6 +15,14 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """How the ops of a step name what a buffer holds."""
 # Numbers that one thread is through with sooner than another could be called.
 _ALONE = 1 << 12
+_LINE = 64
+
+
+class RoundArgs(ctypes.Structure):
+    _fields_ = (
+        ("rows", c_void_p), ("x", c_void_p), ("rounded", c_void_p), ("rounded_stride", c_int64),
+        ("width", c_int64),
+    )  # fmt: skip
 
 
 class Program:
@@ -28,6 +37,9 @@ class Program:
         self._native = native
         self._rows = torch.zeros(1, dtype=torch.int64)
         self._calls: list[Call] = []
+        self._counted: list[tuple[ctypes.Structure, str]] = []
+        self._makers: dict[int, ctypes.Structure] = {}
+        """By a buffer's address, the arguments of the op that was the last to fill it."""
         self._labels: list[str] = []
         self._kept: list[Any] = [self._rows]
         self._ready: ctypes.Array[Call] | None = None
@@ -42,7 +54,10 @@ class Program:
     @rows.setter
     def rows(self, rows: int) -> None:
         assert 0 < rows <= self.capacity
-        self._rows.fill_(rows)
+        if rows != self.rows:
+            self._rows.fill_(rows)
+            for args, field in self._counted:
+                setattr(args, field, rows)
 
     def buffer(self, *width: int) -> Tensor:
         """A float32 buffer [capacity, *width], which holds anything.
@@ -65,20 +80,62 @@ class Program:
         tensors: Mapping[str, Tensor | None],
         numbers: Mapping[str, int | float],
         *,
-        work: int,
+        parts: int,
+        count: str = "",
+        out: Tensor | None = None,
+        changes: Tensor | None = None,
     ) -> None:
-        """Append the op `name`, its arguments of the structure `kind`; `rows` is set here.
+        """Append the op `name`, its arguments of the structure `kind`, cut into `parts`.
 
-        work: numbers that a call goes through, by which it is cut into parts. Tensors are kept, and
-        must be contiguous but for what the op knows of.
+        Its row count is set here: in its field `count` before each run, or else as a pointer in
+        `rows`. Tensors are kept, and must be contiguous but for what the op knows of. `out` is what
+        it fills, if its arguments have a place for a rounded copy of that; `changes` is what it
+        fills or changes without one.
         """
         held = {key: None if t is None else t.data_ptr() for key, t in tensors.items()}
-        args = kind(rows=self._rows.data_ptr(), **held, **numbers)
+        args = kind(**held, **numbers)
+        if count:
+            self._counted.append((args, count))
+        else:
+            args.rows = self._rows.data_ptr()
         self._kept += [args, *tensors.values()]
-        parts = 1 if self.threads == 1 else max(1, min(self.threads, work // _ALONE))
+        if changes is not None:
+            self._makers.pop(changes.data_ptr(), None)
+        if out is not None:
+            self._makers[out.data_ptr()] = args
         self._calls.append(call(self._native.op(name, kind), args, parts))
         self._labels.append(self.label or name)
         self._ready = None
+
+    def parts(self, numbers: int) -> int:
+        """Into how many parts an op is cut that goes through so many numbers, all alike."""
+        return max(1, min(self.threads, numbers // _ALONE))
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """A bfloat16 copy of x [capacity, width], made by the op that was the last to fill x if it
+        can, else by one of its own.
+
+        Its rows lie an odd number of cache lines apart: so they do not push each other out.
+        """
+        lines = -(-x.shape[1] * 2 // _LINE) | 1
+        key = f"{self.label} rounded", (x.shape[1],)
+        copy = self._buffers.get(key)
+        if copy is None:
+            copy = torch.empty(self.capacity, lines * _LINE // 2, dtype=torch.bfloat16)
+            self._buffers[key] = copy
+        self._kept.append(copy)
+        maker = self._makers.get(x.data_ptr())
+        if maker is not None:
+            maker.rounded, maker.rounded_stride = copy.data_ptr(), copy.stride(0)
+        else:
+            self.append(
+                "round",
+                RoundArgs,
+                {"x": x, "rounded": copy},
+                {"rounded_stride": copy.stride(0), "width": x.shape[1]},
+                parts=self.parts(x.numel()),
+            )
+        return copy[:, : x.shape[1]]
 
     def run(self) -> None:
         """Do all that was appended, on up to `threads` threads."""

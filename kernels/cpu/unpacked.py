@@ -46,7 +46,8 @@ def unpacked(program: Program, x: Tensor, weight: Tensor, bias: Tensor | None) -
             "kind": KINDS[weight.dtype],
             "by_input": by_input,
         },
-        work=inputs * outputs,
+        parts=program.parts(inputs * outputs),
+        changes=y,
     )
     return y
 

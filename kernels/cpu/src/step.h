@@ -35,6 +35,13 @@ struct EmbedArgs {
     int32_t adds;  // to what is in x
 };
 
+struct RoundArgs {
+    const int64_t* rows;
+    const float* x;  // [rows, width]
+    bf16* rounded;   // rows rounded_stride apart
+    int64_t rounded_stride, width;
+};
+
 struct NormArgs {
     const int64_t* rows;
     float* x;             // [rows, width]; `added` is added to it first
@@ -42,6 +49,8 @@ struct NormArgs {
     const float* weight;  // [width]
     const float* bias;    // of a LayerNorm; null for an RMSNorm
     float* out;           // may be x
+    bf16* rounded;        // a copy of it, or null; rows rounded_stride apart
+    int64_t rounded_stride;
     int64_t width;
     float eps;
 };
@@ -82,6 +91,8 @@ struct AttendArgs {
     float* out;             // [rows, heads, head_dim]
     float* parts;           // [rows, kv_heads, splits, group, head_dim + 2]
     int32_t* done;          // [rows, kv_heads], zeros, and zeros again afterwards
+    bf16* rounded;          // a copy of out, or null; rows rounded_stride apart
+    int64_t rounded_stride;
     int64_t heads, kv_heads, head_dim, row_bytes, block_size, width, splits;
     int64_t window;  // or 0
     float scale, cap;  // cap: or 0
@@ -92,6 +103,8 @@ struct GateArgs {
     const int64_t* rows;
     const float* x;  // [rows, 2 inner], gate before up; [rows, inner] where not gated
     float* out;      // [rows, inner]
+    bf16* rounded;   // a copy of it, or null; rows rounded_stride apart
+    int64_t rounded_stride;
     int64_t inner;
     int32_t curve, gated;
 };

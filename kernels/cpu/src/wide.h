@@ -101,5 +101,11 @@ static inline vf sums(const vf* v) {
     return held[0];
 }
 
+static inline void round_row(const float* x, bf16* to, std::int64_t n) {
+    std::int64_t i = 0;
+    for (; i + W <= n; i += W) store(to + i, narrow(load<vf>(x + i)));
+    for (; i < n; i++) to[i] = to_bf16(x[i]);
+}
+
 }  // namespace INFOPT_ISA
 }  // namespace infopt

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from infopt.core.artifact.read import Artifact
+from infopt.core.layers.choice import NativeChoice
 from infopt.core.layers.linear import Linear
 from infopt.core.models.decoder import Decoder, StepInputs
 from infopt.core.models.load import load_decoder
@@ -111,11 +112,14 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("packs", [False, True], ids=["torch's weights", "packed"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_float32_a_recorded_step_is_the_ordinary_one(
-    kind: str, tiny: Tiny, native: Native
+    kind: str, packs: bool, tiny: Tiny, native: Native
 ) -> None:
-    decoder, prompts = load_decoder(tiny(kind)[0], torch.float32, CPU), prompts_of()
+    packing = NativeChoice(native, None) if packs else None
+    decoder = load_decoder(tiny(kind)[0], torch.float32, CPU, native=packing)
+    prompts = prompts_of()
     with torch.inference_mode(False):
         caches = prefilled(decoder, prompts, torch.float32)
         program, rows, result = recorded(native, decoder, caches)
@@ -133,13 +137,15 @@ def test_in_float32_a_recorded_step_is_the_ordinary_one(
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("packs", [False, True], ids=["torch's weights", "packed"])
 @pytest.mark.parametrize("kept", [torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "gpt2", "mistral-window"])
 def test_in_bfloat16_it_is_no_farther_from_the_truth(
-    kind: str, kept: torch.dtype, tiny: Tiny, native: Native
+    kind: str, kept: torch.dtype, packs: bool, tiny: Tiny, native: Native
 ) -> None:
     artifact, prompts = tiny(kind)[0], prompts_of()
-    decoder = load_decoder(artifact, torch.bfloat16, CPU)
+    packing = NativeChoice(native, None) if packs else None
+    decoder = load_decoder(artifact, torch.bfloat16, CPU, native=packing)
     with torch.inference_mode(False):
         caches = prefilled(decoder, prompts, kept)
         program, rows, result = recorded(native, decoder, caches)

@@ -68,12 +68,14 @@ def test_attention(native: Native, shape: Heads, dtype: torch.dtype, scores: Sco
     scratch = new_scratch(9, shape, max(CONTEXTS))
     scratch.parts.fill_(torch.nan)
     out = attend(program, qkv, cache, positions, tables, shape, scores, scratch)
+    rounded = program.rounded(out)
     wanted = reference(qkv, cache, tables[: len(CONTEXTS)], CONTEXTS, shape, scores)
     for _ in range(2):  # the second time as the first
         out.fill_(torch.nan)
         program.run()
         torch.testing.assert_close(out[: len(CONTEXTS)], wanted, rtol=2e-5, atol=2e-5)
         assert out[len(CONTEXTS) :].isnan().all()
+        assert torch.equal(rounded[: len(CONTEXTS)], out[: len(CONTEXTS)].bfloat16())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -88,6 +88,8 @@ def test_angles(program: Program, half: int) -> None:
     positions = torch.tensor([0, 1, 17, 999, 4095, 32767, 100000, 3, 3])
     frequencies = 10000.0 ** (-torch.arange(half) / half)
     cos, sin = ops.angles(program, positions, frequencies, 1.25)
+    for each in (cos, sin):
+        each.fill_(torch.nan)
     program.run()
     wanted = ops.angles_reference(positions[:7], frequencies, 1.25)
     check(cos, wanted[0])
@@ -123,6 +125,31 @@ def test_caps(program: Program, width: int) -> None:
     ops.cap(program, x, 30.0)
     program.run()
     check(x, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rounded_copies(program: Program, width: int) -> None:
+    """By the op that made the numbers, and where none can any more, by one of its own."""
+    x = torch.randn(9, width)
+    x[1, 0], x[2, 0], x[3, 0] = torch.nan, torch.inf, 1 + 2**-8
+    y = ops.norm(program, x, torch.ones(width), None, 1e-5)
+    calls = len(program._calls)
+    copies = [(y, program.rounded(y))]
+    program.label = "gate"
+    z = ops.gate(program, x, "relu", False)
+    copies.append((z, program.rounded(z)))
+    assert len(program._calls) == calls + 1
+    program.label = "sum"
+    ops.add(program, x, x.clone())
+    copies.append((x, program.rounded(x)))
+    assert len(program._calls) == calls + 3
+    for _, copy in copies:
+        copy.fill_(torch.nan)
+    program.run()
+    for held, copy in copies:
+        wanted = held[:7].bfloat16()
+        assert torch.equal(copy[:7].isnan(), wanted.isnan()) and copy[7:].isnan().all()
+        assert torch.equal(copy[:7].nan_to_num(9.0, 1.0), wanted.nan_to_num(9.0, 1.0))
 
 
 def test_no_row_depends_on_the_others(native: Native) -> None:

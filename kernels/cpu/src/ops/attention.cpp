@@ -237,6 +237,8 @@ static void join(const AttendArgs &a, int64_t row, int64_t kv, const float* part
         float* to = a.out + (row * a.heads + kv * group + g) * n;
         for (int64_t i = 0; i < n; i++)
             to[i] = total[i / (2 * W) * (2 * W) + Kv::place(i % (2 * W))] / weight;
+        if (a.rounded)
+            round_row(to, a.rounded + row * a.rounded_stride + (to - a.out) % (a.heads * n), n);
     }
 }
 

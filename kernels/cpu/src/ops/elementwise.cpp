@@ -19,6 +19,13 @@ static void embed(const void* given, int64_t part, int64_t parts) {
     }
 }
 
+static void round(const void* given, int64_t part, int64_t parts) {
+    const RoundArgs& a = *static_cast<const RoundArgs*>(given);
+    const Share own(*a.rows, 1, part, parts);
+    for (int64_t r = own.begin; r < own.end; r++)
+        round_row(a.x + r * a.width, a.rounded + r * a.rounded_stride, a.width);
+}
+
 static void add(const void* given, int64_t part, int64_t parts) {
     const AddArgs &a = *static_cast<const AddArgs*>(given);
     const Share own(*a.rows, 1, part, parts);
@@ -78,6 +85,7 @@ static void norm(const void* given, int64_t part, int64_t parts) {
         if (a.added)
             for (int64_t i = 0; i < a.width; i++) x[i] += a.added[r * a.width + i];
         norm_row(x, a.weight, a.bias, a.out + r * a.width, a.width, a.eps);
+        if (a.rounded) round_row(a.out + r * a.width, a.rounded + r * a.rounded_stride, a.width);
     }
 }
 
@@ -130,10 +138,7 @@ static inline void write_row(const CacheArgs &a, int64_t slot, int64_t head, con
     if (a.kind == FLOAT32) {
         std::memcpy(row, x, a.head_dim * 4);
     } else if (a.kind == BFLOAT16) {
-        bf16* to = reinterpret_cast<bf16*>(row);
-        int64_t i = 0;
-        for (; i + W <= a.head_dim; i += W) store(to + i, narrow(load<vf>(x + i)));
-        for (; i < a.head_dim; i++) to[i] = to_bf16(x[i]);
+        round_row(x, reinterpret_cast<bf16*>(row), a.head_dim);
     } else {
         write_int8(reinterpret_cast<int8_t*>(row), x, a.head_dim, a.row_bytes,
                    a.scales ? a.scales + head : nullptr);
@@ -180,11 +185,11 @@ template <int curve> static void gated(const GateArgs &a, int64_t part, int64_t 
         int64_t r = item / vectors, i = item % vectors * W;
         const float* x = a.x + r * stride + i;
         float* out = a.out + r * a.inner + i;
-        if (i + W <= a.inner) {
+        const int64_t left = a.inner - i < W ? a.inner - i : W;
+        if (left == W) {
             vf y = activated<curve>(load<vf>(x));
             store(out, a.gated ? y * load<vf>(x + a.inner) : y);
         } else {
-            size_t left = a.inner - i;
             float gate[W] = {}, up[W] = {};
             std::memcpy(gate, x, left * 4);
             if (a.gated) std::memcpy(up, x + a.inner, left * 4);
@@ -192,6 +197,7 @@ template <int curve> static void gated(const GateArgs &a, int64_t part, int64_t 
             store(gate, a.gated ? y * load<vf>(up) : y);
             std::memcpy(out, gate, left * 4);
         }
+        if (a.rounded) round_row(out, a.rounded + r * a.rounded_stride + i, left);
     }
 }
 
@@ -220,6 +226,7 @@ static void cap(const void* given, int64_t part, int64_t parts) {
 
 extern const Entry elementwise_ops[] = {
     {"embed", embed, sizeof(EmbedArgs)},
+    {"round", round, sizeof(RoundArgs)},
     {"norm", norm, sizeof(NormArgs)},
     {"add", add, sizeof(AddArgs)},
     {"angles", angles, sizeof(AnglesArgs)},
