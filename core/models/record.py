@@ -33,7 +33,7 @@ class Unrecordable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What a recorded step reads: one token a row."""
+    """What a recorded step reads: one token a row, those of a request behind one another."""
 
     token_ids: Tensor
     """int64 [capacity]"""
@@ -41,14 +41,17 @@ class Rows:
     """int64 [capacity]"""
     slots: Tensor
     """int64 [capacity]"""
+    owners: Tensor
+    """int32 [capacity]: the number of each row's request."""
     tables: Tensor
-    """int32 [capacity, width]: the blocks of each row's sequence."""
+    """int32 [capacity, width]: the blocks of each request."""
 
     @classmethod
     def empty(cls, capacity: int, width: int) -> "Rows":
         numbers = torch.zeros(3, capacity, dtype=torch.int64)
+        owners = torch.arange(capacity, dtype=torch.int32)
         tables = torch.zeros(capacity, width, dtype=torch.int32)
-        return cls(numbers[0], numbers[1], numbers[2], tables)
+        return cls(numbers[0], numbers[1], numbers[2], owners, tables)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +254,7 @@ class _Recorder:
             qkv,
             cache,
             self.rows.positions,
+            self.rows.owners,
             self.rows.tables,
             self.shape,
             Scores(layer.scale, layer.window, layer.cap),

@@ -85,10 +85,10 @@ class ModelRunner:
     ) -> tuple[Tensor | None, Tensor]:
         """Hidden states, as `forward`, and logits, as `run`; a replayed step has no hidden states,
         and none is replayed whose hidden states are read."""
-        if rows is None and not reads_hidden:
+        if not reads_hidden:
             logits = self.replays.logits(inputs)
             if logits is not None:
-                return None, logits
+                return None, logits if rows is None else logits.index_select(0, rows)
         hidden = self.forward(inputs)
         return hidden, self.logits(hidden, rows)
 

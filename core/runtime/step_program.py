@@ -1,7 +1,7 @@
-"""Decode steps that were recorded once, and are replayed with no Python between their kernels.
+"""Small steps that were recorded once, and are replayed with no Python between their kernels.
 
-On a CPU a program is a native list of calls. A step whose requests have one token each, and want
-logits and nothing else, is replayed where there is a program; all others are computed part by part.
+On a CPU a program is a native list of calls. A step of few tokens that wants logits and nothing
+else is replayed where there is a program; all others are computed part by part.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ _FEWEST_BLOCKS = 16
 
 
 class StepProgram(Protocol):
-    """A step of up to `capacity` requests, each of up to `width` blocks."""
+    """A step of up to `capacity` tokens, of requests with up to `width` blocks."""
 
     capacity: int
     width: int
 
     def replay(self, inputs: StepInputs) -> Tensor:
-        """Logits float32 [R, vocabulary] of a step of one token each; good until the next replay.
+        """Logits float32 [T, vocabulary] of all tokens; good until the next replay.
 
         The caches are filled as an ordinary step fills them.
         """
@@ -54,7 +54,7 @@ class NativeStep:
         with torch.inference_mode(False):
             self._program = Program(native, capacity, threads)
             self._rows = Rows.empty(capacity, width)
-            self._tables = self._rows.tables.numpy()
+            self._tables, self._owners = self._rows.tables.numpy(), self._rows.owners.numpy()
             self._result = record(decoder, self._program, self._rows, caches)
 
     def replay(self, inputs: StepInputs) -> Tensor:
@@ -73,8 +73,12 @@ class NativeStep:
         rows.token_ids[:count] = inputs.token_ids
         rows.positions[:count] = inputs.positions
         rows.slots[:count] = inputs.slots
-        for row, table in enumerate(inputs.plan.tables):
-            self._tables[row, : len(table)] = np.asarray(table, dtype=np.int32)
+        row = 0
+        for number, table in enumerate(inputs.plan.tables):
+            self._tables[number, : len(table)] = np.asarray(table, dtype=np.int32)
+            end = row + inputs.plan.lengths[number]
+            self._owners[row:end] = number
+            row = end
 
 
 class NativeSteps:
@@ -86,12 +90,11 @@ class NativeSteps:
         self._step = self._record(1, _FEWEST_BLOCKS)
 
     def step_for(self, inputs: StepInputs) -> NativeStep | None:
-        """The program of a step; None where it has more rows than programs have, or several of one
-        request."""
-        tables = inputs.plan.tables
-        if len(tables) != len(inputs.token_ids) or len(tables) > MOST_ROWS:
+        """The program of a step; None where it has more rows than programs have."""
+        step, rows = self._step, len(inputs.token_ids)
+        if rows > MOST_ROWS:
             return None
-        step, rows, width = self._step, len(tables), max(map(len, tables))
+        width = max(map(len, inputs.plan.tables))
         fits = rows <= step.capacity and width <= step.width
         if not fits or torch.get_num_threads() != step.threads:
             self._step = self._record(
@@ -116,14 +119,16 @@ class Replays:
     def __init__(self, steps: NativeSteps | None, reason: str | None = None) -> None:
         self._steps, self.reason = steps, reason
         self.count = 0
+        self.program: NativeStep | None = None
+        """Of the last step, if it was replayed."""
 
     def logits(self, inputs: StepInputs) -> Tensor | None:
         """As `StepProgram.replay`; None for a step that is to be computed part by part."""
-        program = None if self._steps is None else self._steps.step_for(inputs)
-        if program is None:
+        self.program = None if self._steps is None else self._steps.step_for(inputs)
+        if self.program is None:
             return None
         self.count += 1
-        return program.replay(inputs)
+        return self.program.replay(inputs)
 
 
 def recorded(native: Native | None, decoder: Decoder, caches: Sequence[Tensor]) -> Replays:

@@ -110,6 +110,11 @@ class AttentionPlan:
         self._reads: dict[tuple[int | None, bool], WindowReads] = {}
 
     @property
+    def lengths(self) -> Sequence[int]:
+        """How many queries each request has."""
+        return self._lengths
+
+    @property
     def tables(self) -> Sequence[Sequence[int]]:
         """The blocks of each request."""
         return self._tables

@@ -1,4 +1,4 @@
-"""Attention of single queries over a paged cache, appended to a program.
+"""Attention of queries over a paged cache, appended to a program.
 
 Held to `kernels.attention.paged.paged_attention`, and to rotation and `write_kv` in torch. The
 cache is one of `kernels.attention.cache`, in float32, bfloat16 or int8.
@@ -33,8 +33,8 @@ class CacheArgs(ctypes.Structure):
 class AttendArgs(ctypes.Structure):
     _fields_ = (
         ("rows", c_void_p), ("qkv", c_void_p), ("cache", c_void_p), ("positions", c_void_p),
-        ("tables", c_void_p), ("out", c_void_p), ("parts", c_void_p), ("done", c_void_p),
-        ("rounded", c_void_p), ("rounded_stride", c_int64),
+        ("owners", c_void_p), ("tables", c_void_p), ("out", c_void_p), ("parts", c_void_p),
+        ("done", c_void_p), ("rounded", c_void_p), ("rounded_stride", c_int64),
         ("heads", c_int64), ("kv_heads", c_int64), ("head_dim", c_int64), ("row_bytes", c_int64),
         ("block_size", c_int64), ("width", c_int64), ("splits", c_int64), ("window", c_int64),
         ("scale", c_float), ("cap", c_float), ("kind", c_int32),
@@ -143,6 +143,7 @@ def attend(
     qkv: Tensor,
     cache: Tensor,
     positions: Tensor,
+    owners: Tensor,
     tables: Tensor,
     shape: Heads,
     scores: Scores,
@@ -150,10 +151,12 @@ def attend(
 ) -> Tensor:
     """Attend from each row's query to all up to its position, [capacity, heads * head_dim].
 
-    qkv [capacity, width]; positions int64 [capacity]; tables int32 [capacity, blocks]: a row's
-    blocks. Its own key and value must be in the cache.
+    qkv [capacity, width]; positions int64 [capacity]; tables int32 [requests, blocks]; owners
+    int32 [capacity]: whose blocks are a row's. Its own key and value must be in the cache. Rows of
+    one request that stand behind one another read its keys and values together.
     """
-    assert shape.head_dim <= MOST_DIM and tables.dtype == torch.int32 and tables.is_contiguous()
+    assert shape.head_dim <= MOST_DIM and tables.is_contiguous()
+    assert tables.dtype == owners.dtype == torch.int32
     kind, row = _kind_and_row(cache)
     out = program.buffer(shape.heads * shape.head_dim)
     program.append(
@@ -163,6 +166,7 @@ def attend(
             "qkv": qkv,
             "cache": cache,
             "positions": positions,
+            "owners": owners,
             "tables": tables,
             "out": out,
             "parts": scratch.parts,

@@ -87,7 +87,8 @@ struct AttendArgs {
     const float* qkv;
     const void* cache;
     const int64_t* positions;
-    const int32_t* tables;  // [rows, width]
+    const int32_t* owners;  // [rows]: whose row of `tables` is a row's
+    const int32_t* tables;  // [requests, width]
     float* out;             // [rows, heads, head_dim]
     float* parts;           // [rows, kv_heads, splits, group, head_dim + 2]
     int32_t* done;          // [rows, kv_heads], zeros, and zeros again afterwards

@@ -22,6 +22,7 @@ CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 SHAPES = (Heads(1, 1, 8), Heads(9, 3, 64), Heads(14, 2, 64), Heads(4, 4, 80), Heads(8, 1, 128),
           Heads(5, 1, 40), Heads(2, 1, 256))  # fmt: skip
+ALONE = torch.arange(9, dtype=torch.int32)
 CONTEXTS = (1, 16, 63, 64, 65, 300, 1500)
 
 
@@ -67,7 +68,7 @@ def test_attention(native: Native, shape: Heads, dtype: torch.dtype, scores: Sco
     program.rows = len(CONTEXTS)
     scratch = new_scratch(9, shape, max(CONTEXTS))
     scratch.parts.fill_(torch.nan)
-    out = attend(program, qkv, cache, positions, tables, shape, scores, scratch)
+    out = attend(program, qkv, cache, positions, ALONE, tables, shape, scores, scratch)
     rounded = program.rounded(out)
     wanted = reference(qkv, cache, tables[: len(CONTEXTS)], CONTEXTS, shape, scores)
     for _ in range(2):  # the second time as the first
@@ -76,6 +77,40 @@ def test_attention(native: Native, shape: Heads, dtype: torch.dtype, scores: Sco
         torch.testing.assert_close(out[: len(CONTEXTS)], wanted, rtol=2e-5, atol=2e-5)
         assert out[len(CONTEXTS) :].isnan().all()
         assert torch.equal(rounded[: len(CONTEXTS)], out[: len(CONTEXTS)].bfloat16())
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_one_request_are_as_each_alone(
+    native: Native, dtype: torch.dtype, window: int | None
+) -> None:
+    """A chunk of 30 queries between two single ones, over where pieces become larger."""
+    torch.manual_seed(0)
+    shape, scores, contexts = Heads(6, 3, 64), Scores(0.125, window), (70, 1040, 3)
+    cache, tables = filled(shape, dtype, contexts, 16)
+    positions = torch.tensor([69, *range(1010, 1040), 2])
+    owners = torch.tensor([0, *[1] * 30, 2], dtype=torch.int32)
+    qkv = torch.randn(32, shape.width)
+
+    def run(rows: slice, threads: int) -> Tensor:
+        count = len(positions[rows])
+        program = Program(native, count, threads)
+        program.rows = count
+        scratch = new_scratch(count, shape, 1040)
+        out = attend(
+            program, qkv[rows], cache, positions[rows], owners[rows], tables, shape, scores, scratch
+        )
+        program.run()
+        return out
+
+    whole = run(slice(0, 32), 2)
+    assert all(torch.equal(run(slice(r, r + 1), 1)[0], whole[r]) for r in range(32))
+    held = decode(cache, 64, torch.float32) if cache.dtype == INT8 else cache.float()
+    wanted = paged_attention(
+        qkv.view(32, -1, 64)[:, :6], keys_of(held), values_of(held), tables.long(), contexts,
+        [0, 1, 31, 32], 0.125, window=window,
+    )  # fmt: skip
+    torch.testing.assert_close(whole, wanted.flatten(1), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -92,7 +127,7 @@ def test_no_row_depends_on_the_others(native: Native, dtype: torch.dtype) -> Non
         program.rows = len(rows)
         scratch = new_scratch(len(rows), shape, 96 * 16)
         out = attend(
-            program, qkv[rows], cache, positions[rows], tables[rows], shape, scores, scratch
+            program, qkv[rows], cache, positions[rows], ALONE, tables[rows], shape, scores, scratch
         )
         program.run()
         return out
@@ -113,7 +148,7 @@ def test_what_is_not_finite_is_told(native: Native) -> None:
     positions = torch.full((3,), 69)
     scratch = new_scratch(3, shape, 70)
     qkv = torch.randn(3, shape.width)
-    out = attend(program, qkv, cache, positions, tables, shape, Scores(0.125), scratch)
+    out = attend(program, qkv, cache, positions, ALONE, tables, shape, Scores(0.125), scratch)
     program.run()
     assert [bool(row.isfinite().all()) for row in out] == [True, False, False]
 

@@ -1,4 +1,4 @@
-// Attention of single queries over a paged cache, query heads that share a key head together.
+// Attention of queries over a paged cache, query heads that share a key head together.
 //
 // A query's context is cut into pieces, whose results are put together by whoever finishes the
 // last of them: so threads share one long request. How it is cut depends on the context alone.
@@ -175,7 +175,7 @@ template <class Kv>
 static void attend_piece(const AttendArgs &a, int64_t row, int64_t kv, int64_t from, int64_t to,
                          float* found) {
     int64_t group = a.heads / a.kv_heads, n = a.head_dim, stride = padded_dim(n);
-    const int32_t* table = a.tables + row * a.width;
+    const int32_t* table = a.tables + a.owners[row] * a.width;
     const char* keys[TOKENS + 2 * W], *values[TOKENS + 2 * W];
     float scales[2 * TOKENS];
     bool scaled = sizeof(typename Kv::T) == 1;
@@ -242,33 +242,60 @@ static void join(const AttendArgs &a, int64_t row, int64_t kv, const float* part
     }
 }
 
-template <class Kv> static void attend_rows(const AttendArgs &a, int64_t part, int64_t parts) {
-    int64_t group = a.heads / a.kv_heads, size = group * (padded_dim(a.head_dim) + 2);
-    int64_t all = 0;
-    for (int64_t r = 0; r < *a.rows; r++)
-        all += a.kv_heads * pieces_of(a.positions[r], a.window).count;
+// The rows of one request that stand behind one another, and into how many pieces at most the
+// context of one of them is cut.
+struct Group {
+    int64_t begin, end, pieces;
+
+    Group(const AttendArgs& a, int64_t row) : begin(row), end(row), pieces(0) {
+        for (; end < *a.rows && a.owners[end] == a.owners[row]; end++) {
+            const int64_t count = pieces_of(a.positions[end], a.window).count;
+            if (count > pieces) pieces = count;
+        }
+    }
+
+    int64_t items(const AttendArgs& a) const { return (end - begin) * pieces * a.kv_heads; }
+};
+
+template <class Kv>
+static void attend_item(const AttendArgs& a, int64_t row, int64_t number, int64_t kv) {
+    const int64_t group = a.heads / a.kv_heads, size = group * (padded_dim(a.head_dim) + 2);
+    const Pieces cut = pieces_of(a.positions[row], a.window);
+    if (number >= cut.count) return;
+    const int64_t from = cut.first + number * cut.each, last = a.positions[row] + 1;
+    const int64_t to = from + cut.each < last ? from + cut.each : last;
+    float* parts = a.parts + (row * a.kv_heads + kv) * a.splits * size;
+    float* own = parts + number * size;
+    for (int64_t g = 0; g < group; g++) own[g] = -INFINITY;
+    std::memset(own + group, 0, (size - group) * 4);
+    attend_piece<Kv>(a, row, kv, from, to, own);
+    int32_t* done = a.done + row * a.kv_heads + kv;
+    if (__atomic_add_fetch(done, 1, __ATOMIC_ACQ_REL) == cut.count) {
+        join<Kv>(a, row, kv, parts, cut.count, size);
+        __atomic_store_n(done, 0, __ATOMIC_RELAXED);
+    }
+}
+
+template <class Kv>
+static void attend_rows(const AttendArgs& a, int64_t part, int64_t parts) {
+    int64_t all = 0, item = 0;
+    for (int64_t row = 0; row < *a.rows;) {
+        const Group rows(a, row);
+        all += rows.items(a);
+        row = rows.end;
+    }
     const Share own(all, 1, part, parts);
-    int64_t item = 0;
-    for (int64_t r = 0; r < *a.rows && item < own.end; r++) {
-        Pieces cut = pieces_of(a.positions[r], a.window);
-        int64_t end = item + cut.count * a.kv_heads;
+    for (int64_t row = 0; row < *a.rows && item < own.end;) {
+        const Group rows(a, row);
+        const int64_t count = rows.end - rows.begin, end = item + rows.items(a);
         for (int64_t i = item > own.begin ? item : own.begin; i < end && i < own.end; i++) {
+            // A piece of the context for all rows before the next: it is then still in the cache.
             // Key heads that lie beside one another come one after the other.
-            int64_t p = (i - item) / a.kv_heads, kv = (i - item) % a.kv_heads;
-            int64_t from = cut.first + p * cut.each, to = from + cut.each;
-            if (to > a.positions[r] + 1) to = a.positions[r] + 1;
-            float* pieces = a.parts + (r * a.kv_heads + kv) * a.splits * size;
-            float* piece = pieces + p * size;
-            for (int64_t g = 0; g < group; g++) piece[g] = -INFINITY;
-            std::memset(piece + group, 0, (size - group) * 4);
-            attend_piece<Kv>(a, r, kv, from, to, piece);
-            int32_t* done = a.done + r * a.kv_heads + kv;
-            if (__atomic_add_fetch(done, 1, __ATOMIC_ACQ_REL) == cut.count) {
-                join<Kv>(a, r, kv, pieces, cut.count, size);
-                __atomic_store_n(done, 0, __ATOMIC_RELAXED);
-            }
+            const int64_t at = i - item, kv = at % a.kv_heads, rest = at / a.kv_heads;
+            attend_item<Kv>(a, rows.begin + rest % count, rest / count, kv);
         }
         item = end;
+        row = rows.end;
     }
 }
 
