@@ -31,4 +31,33 @@ struct RowsArgs {
     std::int64_t m, k;
 };
 
+// linear_groups: weights (code - zero) * scale, codes of 2, 3, 4 or 8 bits, one scale and zero for
+// each `group` inputs of an output; group a multiple of 32 that divides k.
+//
+// Codes lie by blocks of 32 inputs: [ceil(n / 32), k / 32, 2 tiles, vectors, 16 outputs, 2], of
+// 16-bit words, with as many vectors as a code has bits. A word belongs to one output, and to the
+// even or the odd inputs, by its last place. Vectors of 2, 4 and 8 bits run through the inputs, a
+// word's lowest bits first; 3 bits are two vectors of the lower two bits and one of the third.
+// The inputs are not rounded: products of codes and inputs are exact, sums in float32.
+struct GroupsArgs {
+    const void* x;              // [m, k], of x_type, rows x_stride apart
+    const std::uint16_t* codes;
+    const void* scales;         // [ceil(n / 32), k / group, 32], of scale_type
+    const std::uint8_t* zeros;  // the same shape, or null: all are `zero`
+    const float* sums;          // with zeros: what group_sums says of x
+    const float* bias;          // [n], or null
+    void* y;                    // [m, n], of y_type, rows y_stride apart
+    std::int64_t m, n, k, group, x_stride, y_stride;
+    std::int32_t x_type, y_type, scale_type;  // x and y: kFloat32 or kBFloat16
+    std::int32_t bits, zero;
+};
+
+// group_sums: sums float32 [m, k / group] of each group of a row's inputs.
+struct GroupSumsArgs {
+    const void* x;
+    float* sums;
+    std::int64_t m, k, group, x_stride;
+    std::int32_t x_type;
+};
+
 }  // namespace infopt

@@ -28,6 +28,7 @@ enum Type : std::int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
     namespace isa {        \
     extern const Entry ground_ops[]; \
     extern const Entry dense_ops[];  \
+    extern const Entry groups_ops[]; \
     }
 
 INFOPT_TABLES(portable)

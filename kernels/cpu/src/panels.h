@@ -72,6 +72,25 @@ static inline void for_chunks(std::int64_t row, std::int64_t rows, Body body) {
     }
 }
 
+// The same in fewer sizes, for bodies that are long: the largest that fits, then what is left.
+template <class Body>
+static inline void for_few_chunks(std::int64_t rows, Body body) {
+    for (std::int64_t row = 0; row < rows;) {
+        const std::int64_t left = rows - row;
+        const std::int64_t size = left >= kMost ? kMost : left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        switch (size) {
+            case 1: body(Count<1>{}, row); break;
+            case 2: body(Count<2>{}, row); break;
+            case 4: body(Count<4>{}, row); break;
+#if defined(__AVX512F__)
+            case 8: body(Count<8>{}, row); break;
+            case 12: body(Count<12>{}, row); break;
+#endif
+        }
+        row += size;
+    }
+}
+
 // Base addresses of rows that lie `stride` bytes apart, three to a register.
 template <int R>
 struct RowAddresses {
@@ -83,6 +102,25 @@ struct RowAddresses {
     }
     const char* at(int row, std::int64_t offset) const {
         return base[row / 3] + row % 3 * stride + offset;
+    }
+};
+
+// What inputs are stored as.
+struct Float32 {
+    static constexpr std::int64_t kSize = 4;
+    static float number(const char* at) {
+        float value;
+        std::memcpy(&value, at, 4);
+        return value;
+    }
+};
+
+struct BFloat16 {
+    static constexpr std::int64_t kSize = 2;
+    static float number(const char* at) {
+        bf16 value;
+        std::memcpy(&value, at, 2);
+        return to_float(value);
     }
 };
 

@@ -65,6 +65,20 @@ static inline bf16 to_bf16(float f) {
     return static_cast<bf16>((u + 0x7FFFu + ((u >> 16) & 1u)) >> 16);
 }
 
+// Of 16-bit floats, whose exponents' biases differ from float32's by 112.
+static inline vf widen_half(vh h) {
+    const vu u = __builtin_convertvector(h, vu);
+    const vf magnitude = (vf)((u & 0x7FFFu) << 13) * 0x1p112f;
+    return (vf)((vu)magnitude | ((u & 0x8000u) << 16));
+}
+
+// kLanes numbers of a type.
+static inline vf load_as(const void* from, std::int64_t at, std::int32_t type) {
+    if (type == kFloat32) return load<vf>(static_cast<const float*>(from) + at);
+    const vh half = load<vh>(static_cast<const std::uint16_t*>(from) + at);
+    return type == kBFloat16 ? widen(half) : widen_half(half);
+}
+
 static inline void prefetch(const void* at) { __builtin_prefetch(at, 0, 3); }
 
 }  // namespace INFOPT_ISA

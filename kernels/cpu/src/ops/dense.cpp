@@ -35,8 +35,8 @@ struct Sums {
     }
 };
 
-struct Float32 {
-    static constexpr std::int64_t kSize = 4, kStep = 1;
+struct DenseFloat32 : Float32 {
+    static constexpr std::int64_t kStep = 1;
 
     template <int R, int V>
     static inline void add(vf (&sums)[R][V], const char* w, const RowAddresses<R>& x, std::int64_t offset) {
@@ -51,8 +51,8 @@ struct Float32 {
     }
 };
 
-struct BFloat16 {
-    static constexpr std::int64_t kSize = 2, kStep = 2;
+struct DenseBFloat16 : BFloat16 {
+    static constexpr std::int64_t kStep = 2;
 
     template <int R, int V>
     static inline void add(vf (&sums)[R][V], const char* w, const RowAddresses<R>& x, std::int64_t offset) {
@@ -126,8 +126,8 @@ static void rows(const void* raw, std::int64_t part, std::int64_t parts) {
 }
 
 extern const Entry dense_ops[] = {
-    {"linear_float32", linear<Float32>, sizeof(DenseArgs)},
-    {"linear_bfloat16", linear<BFloat16>, sizeof(DenseArgs)},
+    {"linear_float32", linear<DenseFloat32>, sizeof(DenseArgs)},
+    {"linear_bfloat16", linear<DenseBFloat16>, sizeof(DenseArgs)},
     {"rows_float32", rows<1>, sizeof(RowsArgs)},
     {"rows_bfloat16", rows<2>, sizeof(RowsArgs)},
     {nullptr, nullptr, 0},
