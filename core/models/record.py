@@ -22,7 +22,7 @@ from infopt.core.models.mlp import FeedForward, GatedMLP, PlainMLP
 from infopt.kernels.attention.eight_bits import FP8
 from infopt.kernels.cpu import attention, elementwise, packed, unpacked
 from infopt.kernels.cpu.attention import Heads, Scores, Scratch
-from infopt.kernels.cpu.program import KINDS, Program
+from infopt.kernels.cpu.program import KINDS, Count, Program
 
 Part = Callable[[Tensor], Tensor]
 
@@ -46,12 +46,15 @@ class Rows:
     tables: Tensor
     """int32 [capacity, width]: the blocks of each request."""
 
+    wanted: Tensor
+    """int64 [capacity]: the rows whose logits are wanted."""
+
     @classmethod
     def empty(cls, capacity: int, width: int) -> "Rows":
-        numbers = torch.zeros(3, capacity, dtype=torch.int64)
+        numbers = torch.zeros(4, capacity, dtype=torch.int64)
         owners = torch.arange(capacity, dtype=torch.int32)
         tables = torch.zeros(capacity, width, dtype=torch.int32)
-        return cls(numbers[0], numbers[1], numbers[2], owners, tables)
+        return cls(numbers[0], numbers[1], numbers[2], owners, tables, numbers[3])
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,9 @@ class Recorded:
     hidden: Tensor
     """[capacity, hidden], before the last norm."""
     logits: Tensor
-    """[capacity, vocabulary]"""
+    """[capacity, vocabulary], of the wanted rows."""
+    wanted: Count
+    """How many they are."""
 
 
 def record(decoder: Decoder, program: Program, rows: Rows, caches: Sequence[Tensor]) -> Recorded:
@@ -72,7 +77,8 @@ def record(decoder: Decoder, program: Program, rows: Rows, caches: Sequence[Tens
     recorder = _Recorder(decoder, program, rows, caches)
     twin = recorder.twin()
     hidden = twin.through(twin.embed(rows), recorder, caches)
-    return Recorded(hidden, twin.logits(hidden))
+    chosen, wanted = recorder.choose(hidden)
+    return Recorded(hidden, twin.logits(chosen), wanted)
 
 
 class _Recorder:
@@ -156,6 +162,12 @@ class _Recorder:
                 )
             case _:
                 raise Unrecordable(f"it has a layer of {type(mlp).__name__}")
+
+    def choose(self, hidden: Tensor) -> tuple[Tensor, Count]:
+        """The wanted rows, and how many they are: all that is appended from here on is of those."""
+        program = self._label("chosen")
+        program.count = wanted = Count()
+        return elementwise.embed(program, self.rows.wanted, hidden), wanted
 
     # The parts. Each first sees to a sum that is still to be appended.
 

@@ -86,9 +86,9 @@ class ModelRunner:
         """Hidden states, as `forward`, and logits, as `run`; a replayed step has no hidden states,
         and none is replayed whose hidden states are read."""
         if not reads_hidden:
-            logits = self.replays.logits(inputs)
+            logits = self.replays.logits(inputs, rows)
             if logits is not None:
-                return None, logits if rows is None else logits.index_select(0, rows)
+                return None, logits
         hidden = self.forward(inputs)
         return hidden, self.logits(hidden, rows)
 

@@ -27,8 +27,9 @@ class StepProgram(Protocol):
     capacity: int
     width: int
 
-    def replay(self, inputs: StepInputs) -> Tensor:
-        """Logits float32 [T, vocabulary] of all tokens; good until the next replay.
+    def replay(self, inputs: StepInputs, wanted: Tensor | None = None) -> Tensor:
+        """Logits float32 [R, vocabulary] of the tokens at `wanted` int64 [R], or of all; good until
+        the next replay.
 
         The caches are filled as an ordinary step fills them.
         """
@@ -55,19 +56,21 @@ class NativeStep:
             self._program = Program(native, capacity, threads)
             self._rows = Rows.empty(capacity, width)
             self._tables, self._owners = self._rows.tables.numpy(), self._rows.owners.numpy()
+            self._every = torch.arange(capacity)
             self._result = record(decoder, self._program, self._rows, caches)
 
-    def replay(self, inputs: StepInputs) -> Tensor:
-        self._fill(inputs)
+    def replay(self, inputs: StepInputs, wanted: Tensor | None = None) -> Tensor:
+        count = self._fill(inputs, wanted)
         self._program.run()
-        return self._result.logits[: self._program.rows]
+        return self._result.logits[:count]
 
-    def times(self, inputs: StepInputs) -> dict[str, float]:
+    def times(self, inputs: StepInputs, wanted: Tensor | None = None) -> dict[str, float]:
         """Seconds by operator of one replay, its calls made one by one."""
-        self._fill(inputs)
+        self._fill(inputs, wanted)
         return self._program.times()
 
-    def _fill(self, inputs: StepInputs) -> None:
+    def _fill(self, inputs: StepInputs, wanted: Tensor | None) -> int:
+        """Set what the calls read; returns of how many rows there will be logits."""
         rows, count = self._rows, len(inputs.token_ids)
         self._program.rows = count
         rows.token_ids[:count] = inputs.token_ids
@@ -79,6 +82,10 @@ class NativeStep:
             end = row + inputs.plan.lengths[number]
             self._owners[row:end] = number
             row = end
+        chosen = self._every[:count] if wanted is None else wanted
+        rows.wanted[: len(chosen)] = chosen
+        self._result.wanted.set(len(chosen))
+        return len(chosen)
 
 
 class NativeSteps:
@@ -122,13 +129,13 @@ class Replays:
         self.program: NativeStep | None = None
         """Of the last step, if it was replayed."""
 
-    def logits(self, inputs: StepInputs) -> Tensor | None:
+    def logits(self, inputs: StepInputs, wanted: Tensor | None = None) -> Tensor | None:
         """As `StepProgram.replay`; None for a step that is to be computed part by part."""
         self.program = None if self._steps is None else self._steps.step_for(inputs)
         if self.program is None:
             return None
         self.count += 1
-        return self.program.replay(inputs)
+        return self.program.replay(inputs, wanted)
 
 
 def recorded(native: Native | None, decoder: Decoder, caches: Sequence[Tensor]) -> Replays:

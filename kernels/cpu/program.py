@@ -25,23 +25,38 @@ class RoundArgs(ctypes.Structure):
     )  # fmt: skip
 
 
+class Count:
+    """How many rows of their buffers some ops work on, set anew before each run."""
+
+    def __init__(self) -> None:
+        self.number = torch.zeros(1, dtype=torch.int64)
+        self.fields: list[tuple[ctypes.Structure, str]] = []
+        """Arguments that hold it themselves, by name; others have a pointer."""
+
+    def set(self, rows: int) -> None:
+        if rows != int(self.number):
+            self.number.fill_(rows)
+            for args, field in self.fields:
+                setattr(args, field, rows)
+
+
 class Program:
     """Calls appended one by one, each after the ones before; replayed in one native call.
 
-    Ops work on the first `rows` rows of their buffers, which have `capacity` rows: how many there
-    are is set before a run. What a row becomes depends neither on the others nor on `threads`.
+    Ops work on the first rows of their buffers, which have `capacity` rows: as many as `count` said
+    when the op was appended. What a row becomes depends neither on the others nor on `threads`.
     """
 
     def __init__(self, native: Native, capacity: int, threads: int) -> None:
         self.capacity, self.threads = capacity, threads
         self._native = native
-        self._rows = torch.zeros(1, dtype=torch.int64)
+        self.count = self._count = Count()
+        """Of the ops that are appended from here on; at first that which `rows` is."""
         self._calls: list[Call] = []
-        self._counted: list[tuple[ctypes.Structure, str]] = []
         self._makers: dict[int, ctypes.Structure] = {}
         """By a buffer's address, the arguments of the op that was the last to fill it."""
         self._labels: list[str] = []
-        self._kept: list[Any] = [self._rows]
+        self._kept: list[Any] = []
         self._ready: ctypes.Array[Call] | None = None
         self.label = ""
         """What calls are for that are appended from here on."""
@@ -49,15 +64,12 @@ class Program:
 
     @property
     def rows(self) -> int:
-        return int(self._rows)
+        return int(self._count.number)
 
     @rows.setter
     def rows(self, rows: int) -> None:
         assert 0 < rows <= self.capacity
-        if rows != self.rows:
-            self._rows.fill_(rows)
-            for args, field in self._counted:
-                setattr(args, field, rows)
+        self._count.set(rows)
 
     def buffer(self, *width: int) -> Tensor:
         """A float32 buffer [capacity, *width], which holds anything.
@@ -95,10 +107,10 @@ class Program:
         held = {key: None if t is None else t.data_ptr() for key, t in tensors.items()}
         args = kind(**held, **numbers)
         if count:
-            self._counted.append((args, count))
+            self.count.fields.append((args, count))
         else:
-            args.rows = self._rows.data_ptr()
-        self._kept += [args, *tensors.values()]
+            args.rows = self.count.number.data_ptr()
+        self._kept += [self.count, args, *tensors.values()]
         if changes is not None:
             self._makers.pop(changes.data_ptr(), None)
         if out is not None:

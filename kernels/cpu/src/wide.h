@@ -90,6 +90,55 @@ template <int S> static inline vf halved(vf a, vf b) {
     return halved<S>(a, b, typename UpTo<W>::type());
 }
 
+// Whichever of 2W numbers the indices say, of a's and then b's.
+template <int... I>
+static inline vf chosen(vf a, vf b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, I...);
+#else
+    return __builtin_shuffle(a, b, vi{I...});
+#endif
+}
+
+template <int... I>
+static inline void evens_and_odds(vf& a, vf& b, Indices<I...>) {
+    const vf even = chosen<(2 * I)...>(a, b);
+    b = chosen<(2 * I + 1)...>(a, b);
+    a = even;
+}
+
+template <int... I>
+static inline void by_turns(vf& a, vf& b, Indices<I...>) {
+    const vf low = chosen<(I % 2 * W + I / 2)...>(a, b);
+    b = chosen<(I % 2 * W + I / 2 + W / 2)...>(a, b);
+    a = low;
+}
+
+// 2W numbers in a and b: first those in even places, then those in odd ones; and back.
+static inline void part(vf& a, vf& b) { evens_and_odds(a, b, typename UpTo<W>::type()); }
+static inline void unpart(vf& a, vf& b) { by_turns(a, b, typename UpTo<W>::type()); }
+
+template <int H, int... I>
+static inline void swapped(vf& a, vf& b, Indices<I...>) {
+    const vf first = chosen<((I & H) ? W + I - H : I)...>(a, b);
+    b = chosen<((I & H) ? W + I : I + H)...>(a, b);
+    a = first;
+}
+
+template <int H>
+static inline void swap_blocks(vf* v) {
+    for (int i = 0; i < W; i++)
+        if (!(i & H)) swapped<H>(v[i], v[i + H], typename UpTo<W>::type());
+}
+
+// W vectors of W: rows become columns.
+static inline void transpose(vf* v) {
+    if constexpr (W >= 16) swap_blocks<8>(v);
+    if constexpr (W >= 8) swap_blocks<4>(v);
+    swap_blocks<2>(v);
+    swap_blocks<1>(v);
+}
+
 // The sums of W vectors, side by side.
 static inline vf sums(const vf* v) {
     vf held[W / 2];

@@ -93,11 +93,13 @@ def recorded(
     return program, rows, result
 
 
-def replay(program: Program, rows: Rows, inputs: StepInputs) -> None:
+def replay(program: Program, rows: Rows, result: Recorded, inputs: StepInputs) -> None:
     program.rows = count = len(inputs.token_ids)
     rows.token_ids[:count] = inputs.token_ids
     rows.positions[:count] = inputs.positions
     rows.slots[:count] = inputs.slots
+    rows.wanted[:count] = torch.arange(count)
+    result.wanted.set(count)
     rows.tables[:count] = torch.tensor([list(table) for table in inputs.plan.tables])
     program.run()
 
@@ -128,7 +130,7 @@ def test_in_float32_a_recorded_step_is_the_ordinary_one(
     hidden = decoder(inputs, ordinary)
     wanted = decoder.logits(hidden.clone())
     for _ in range(2):  # the second time as the first
-        replay(program, rows, inputs)
+        replay(program, rows, result, inputs)
         assert float((result.logits[:4] - wanted).abs().max()) < 1e-4
         assert float((result.hidden[:4] - hidden).abs().max()) < 1e-4
     assert result.logits[4:].isnan().all() and result.hidden[4:].isnan().all()
@@ -149,7 +151,7 @@ def test_in_bfloat16_it_is_no_farther_from_the_truth(
     with torch.inference_mode(False):
         caches = prefilled(decoder, prompts, kept)
         program, rows, result = recorded(native, decoder, caches)
-    replay(program, rows, last_tokens(decoder, prompts))
+    replay(program, rows, result, last_tokens(decoder, prompts))
     ordinary = prefilled(decoder, prompts, kept)
     theirs = decoder.logits(decoder(last_tokens(decoder, prompts), ordinary))
 
@@ -170,11 +172,11 @@ def test_no_row_depends_on_the_others(tiny: Tiny, native: Native) -> None:
         caches = prefilled(decoder, prompts, torch.float32)
         together = recorded(native, decoder, caches)
         apart = recorded(native, decoder, caches, capacity=1)
-    replay(together[0], together[1], inputs)
+    replay(*together, inputs)
     held = caches[1].clone()
     for p, length in enumerate(LENGTHS):
         one = inputs_of(prompts, [(p, length - 1, length)])
-        replay(apart[0], apart[1], one)
+        replay(*apart, one)
         assert torch.equal(apart[2].logits[0], together[2].logits[p])
     assert torch.equal(caches[1].nan_to_num(7.0), held.nan_to_num(7.0))
 

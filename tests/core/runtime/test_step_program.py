@@ -48,10 +48,10 @@ def runners(tiny_reference: tuple[Artifact, Any]) -> tuple[ModelRunner, ModelRun
 def both(runners: Sequence[ModelRunner], spans: list[Span], rows: list[int] | None = None) -> int:
     """Run a step on either, compare, and return how many steps were replayed so far."""
     inputs = step_inputs(spans, block_size=4, dtype=torch.float32, device=CPU)
-    wanted = None if rows is None else torch.tensor(rows)
+    wanted = None if rows is None else torch.tensor(rows, dtype=torch.int64)
     ours, theirs = (runner.run(inputs, wanted) for runner in runners)
     assert ours.shape == theirs.shape
-    assert float((ours - theirs).abs().max()) < 1e-4
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     for one, other in zip(*(runner.cache.layers for runner in runners), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, equal_nan=True)
     return runners[0].replays.count
@@ -67,7 +67,8 @@ def test_any_mixture_of_few_tokens(runners: tuple[ModelRunner, ModelRunner]) -> 
     assert both(runners, [Span(three[:57], 0, c)]) == 3, "too many tokens"
     spans = [Span(two[10:11], 10, b), Span(three[57:58], 57, c), Span(one[3:33], 3, a)]
     assert both(runners, spans) == 4 and len(one[3:33]) + 2 == MOST_ROWS
-    assert both(runners, [Span(one[33:34], 33, a)]) == 5
+    assert both(runners, [Span(one[33:35], 33, a)], []) == 5, "nobody samples"
+    assert both(runners, [Span(one[35:36], 35, a)]) == 6
 
 
 def test_threads_may_change(runners: tuple[ModelRunner, ModelRunner]) -> None:

@@ -33,7 +33,8 @@ struct Floats {
         const float* p = reinterpret_cast<const float*>(row) + i;
         a = load<vf>(p), b = load<vf>(p + W);
     }
-    static int64_t place(int64_t i) { return i; }
+    static void arrange(vf&, vf&) {}
+    static void restore(vf&, vf&) {}
 };
 
 struct Bfloats {
@@ -41,8 +42,8 @@ struct Bfloats {
     static void pair(const char* row, int64_t i, vf &a, vf &b) {
         load_even_odd(reinterpret_cast<const bf16*>(row) + i, a, b);
     }
-    // Where number i of 2W stands.
-    static int64_t place(int64_t i) { return i % 2 * W + i / 2; }
+    static void arrange(vf& a, vf& b) { part(a, b); }
+    static void restore(vf& a, vf& b) { unpart(a, b); }
 };
 
 struct Bytes {
@@ -54,7 +55,8 @@ struct Bytes {
         a = __builtin_convertvector(__builtin_convertvector(low, vi), vf);
         b = __builtin_convertvector(__builtin_convertvector(high, vi), vf);
     }
-    static int64_t place(int64_t i) { return i; }
+    static void arrange(vf&, vf&) {}
+    static void restore(vf&, vf&) {}
 };
 
 template <class Kv> static inline void pair_of(const char* row, int64_t i, int64_t n, vf &a, vf &b) {
@@ -63,6 +65,50 @@ template <class Kv> static inline void pair_of(const char* row, int64_t i, int64
     typename Kv::T held[2 * W] = {};
     std::memcpy(held, row + i * sizeof held[0], (n - i) * sizeof held[0]);
     Kv::pair(reinterpret_cast<const char*>(held), 0, a, b);
+}
+
+constexpr int64_t MOST_DIM = 512;
+
+static inline int64_t padded_dim(int64_t n) { return (n + 31) / 32 * 32; }
+
+// A head's n numbers in pairs' order, zeros behind them.
+template <class Kv>
+static inline void arranged(const float* x, int64_t n, float* to) {
+    for (int64_t i = 0; i < padded_dim(n); i += 2 * W) {
+        vf a, b;
+        pair_of<Floats>(reinterpret_cast<const char*>(x), i < n ? i : n, n, a, b);
+        Kv::arrange(a, b);
+        store(to + i, a);
+        store(to + i + W, b);
+    }
+}
+
+// The other way round, times `scale`.
+template <class Kv>
+static inline void restored(const float* x, int64_t n, float scale, float* to) {
+    for (int64_t i = 0; i < n; i += 2 * W) {
+        vf a = load<vf>(x + i) * scale, b = load<vf>(x + i + W) * scale;
+        Kv::restore(a, b);
+        float held[2 * W];
+        store(held, a);
+        store(held + W, b);
+        std::memcpy(to + i, held, (n - i < 2 * W ? n - i : 2 * W) * 4);
+    }
+}
+
+// Where keys and values of the tokens [from, to) of a request begin.
+static inline void find_rows(const AttendArgs& a, int64_t row, int64_t kv, int64_t from, int64_t to,
+                             const char** keys, const char** values) {
+    const int32_t* table = a.tables + a.owners[row] * a.width + from / a.block_size;
+    const int64_t token = 2 * a.kv_heads * a.row_bytes;
+    int64_t within = from % a.block_size;
+    const char* block = nullptr;
+    for (int64_t t = 0; t < to - from; t++, within++) {
+        if (within == a.block_size) within = 0, block = nullptr;
+        if (!block) block = static_cast<const char*>(a.cache) + *table++ * a.block_size * token;
+        keys[t] = block + within * token + kv * a.row_bytes;
+        values[t] = keys[t] + a.kv_heads * a.row_bytes;
+    }
 }
 
 // s[g][t] = q[g] . keys[t] for G heads; keys and s are padded to a multiple of W tokens.
@@ -166,29 +212,20 @@ static void piece(const AttendArgs &a, const float* q, int64_t stride, const cha
     mix<Kv, G>(s, values, tokens, a.head_dim, out, stride);
 }
 
-constexpr int64_t MOST_DIM = 512;
-
-static inline int64_t padded_dim(int64_t n) { return (n + 31) / 32 * 32; }
-
 // One piece of one row's context for the query heads [0, group) of a key head.
 template <class Kv>
 static void attend_piece(const AttendArgs &a, int64_t row, int64_t kv, int64_t from, int64_t to,
                          float* found) {
     int64_t group = a.heads / a.kv_heads, n = a.head_dim, stride = padded_dim(n);
-    const int32_t* table = a.tables + a.owners[row] * a.width;
     const char* keys[TOKENS + 2 * W], *values[TOKENS + 2 * W];
     float scales[2 * TOKENS];
     bool scaled = sizeof(typename Kv::T) == 1;
     for (int64_t start = from; start < to; start += TOKENS) {
         int64_t tokens = to - start < TOKENS ? to - start : TOKENS;
-        for (int64_t t = 0; t < tokens; t++) {
-            int64_t at = start + t, slot = table[at / a.block_size] * a.block_size + at % a.block_size;
-            keys[t] = static_cast<const char*>(a.cache) + (slot * 2 * a.kv_heads + kv) * a.row_bytes;
-            values[t] = keys[t] + a.kv_heads * a.row_bytes;
-            if (scaled) {
-                std::memcpy(scales + t, keys[t] + a.row_bytes - 4, 4);
-                std::memcpy(scales + TOKENS + t, values[t] + a.row_bytes - 4, 4);
-            }
+        find_rows(a, row, kv, start, start + tokens, keys, values);
+        for (int64_t t = 0; scaled && t < tokens; t++) {
+            std::memcpy(scales + t, keys[t] + a.row_bytes - 4, 4);
+            std::memcpy(scales + TOKENS + t, values[t] + a.row_bytes - 4, 4);
         }
         for (int64_t t = tokens; t < tokens + 2 * W; t++)
             keys[t] = keys[tokens - 1], values[t] = values[tokens - 1];
@@ -196,11 +233,7 @@ static void attend_piece(const AttendArgs &a, int64_t row, int64_t kv, int64_t f
             int64_t some = group - g < 4 ? group - g : 4;
             alignas(64) float q[4 * MOST_DIM];
             const float* given = a.qkv + (row * (a.heads + 2 * a.kv_heads) + kv * group + g) * n;
-            for (int64_t h = 0; h < some; h++) {
-                std::memset(q + h * stride, 0, stride * 4);
-                for (int64_t i = 0; i < n; i++)
-                    q[h * stride + i / (2 * W) * (2 * W) + Kv::place(i % (2 * W))] = given[h * n + i];
-            }
+            for (int64_t h = 0; h < some; h++) arranged<Kv>(given + h * n, n, q + h * stride);
             float *most = found + g, *weight = found + group + g;
             float* out = found + 2 * group + g * stride;
             const float* both = scaled ? scales : nullptr;
@@ -235,8 +268,7 @@ static void join(const AttendArgs &a, int64_t row, int64_t kv, const float* part
             for (int64_t i = 0; i < stride; i++) total[i] += faded * out[i];
         }
         float* to = a.out + (row * a.heads + kv * group + g) * n;
-        for (int64_t i = 0; i < n; i++)
-            to[i] = total[i / (2 * W) * (2 * W) + Kv::place(i % (2 * W))] / weight;
+        restored<Kv>(total, n, 1.0f / weight, to);
         if (a.rounded)
             round_row(to, a.rounded + row * a.rounded_stride + (to - a.out) % (a.heads * n), n);
     }
