@@ -185,7 +185,7 @@ def attend(
             "cap": scores.cap or 0.0,
             "kind": kind,
         },
-        parts=2 * program.threads,
+        parts=program.threads * (8 if program.capacity > 64 else 2),
         out=out,
     )
     return out

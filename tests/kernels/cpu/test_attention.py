@@ -79,38 +79,51 @@ def test_attention(native: Native, shape: Heads, dtype: torch.dtype, scores: Sco
         assert torch.equal(rounded[: len(CONTEXTS)], out[: len(CONTEXTS)].bfloat16())
 
 
-@pytest.mark.parametrize("window", [None, 50])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_of_one_request_are_as_each_alone(
-    native: Native, dtype: torch.dtype, window: int | None
-) -> None:
-    """A chunk of 30 queries between two single ones, over where pieces become larger."""
-    torch.manual_seed(0)
-    shape, scores, contexts = Heads(6, 3, 64), Scores(0.125, window), (70, 1040, 3)
-    cache, tables = filled(shape, dtype, contexts, 16)
-    positions = torch.tensor([69, *range(1010, 1040), 2])
-    owners = torch.tensor([0, *[1] * 30, 2], dtype=torch.int32)
-    qkv = torch.randn(32, shape.width)
+CHUNK = 8
+"""Queries of one request from which on they are taken together."""
 
-    def run(rows: slice, threads: int) -> Tensor:
-        count = len(positions[rows])
+
+@pytest.mark.parametrize(
+    "scores", [Scores(0.125), Scores(0.125, 50), Scores(0.2, 50, 4.0)], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rows", [CHUNK - 2, 61])
+def test_several_rows_of_one_request(
+    native: Native, rows: int, shape: Heads, dtype: torch.dtype, scores: Scores
+) -> None:
+    """Between single ones, over where pieces become larger."""
+    torch.manual_seed(0)
+    contexts, starts = (70, 1040, 3, rows), [0, 1, rows + 1, rows + 2, 2 * rows + 2]
+    cache, tables = filled(shape, dtype, contexts, 16)
+    positions = torch.tensor([69, *range(1040 - rows, 1040), 2, *range(rows)])
+    owners = torch.tensor([0, *[1] * rows, 2, *[3] * rows], dtype=torch.int32)
+    qkv = torch.randn(starts[-1], shape.width)
+
+    def run(own: slice, threads: int) -> Tensor:
+        count = len(positions[own])
         program = Program(native, count, threads)
         program.rows = count
         scratch = new_scratch(count, shape, 1040)
         out = attend(
-            program, qkv[rows], cache, positions[rows], owners[rows], tables, shape, scores, scratch
-        )
+            program, qkv[own], cache, positions[own], owners[own], tables, shape, scores, scratch
+        ).fill_(torch.nan)
+        rounded = program.rounded(out)
         program.run()
+        assert torch.equal(rounded, out.bfloat16())
         return out
 
-    whole = run(slice(0, 32), 2)
-    assert all(torch.equal(run(slice(r, r + 1), 1)[0], whole[r]) for r in range(32))
-    held = decode(cache, 64, torch.float32) if cache.dtype == INT8 else cache.float()
+    whole = run(slice(0, len(qkv)), 2)
+    assert torch.equal(run(slice(0, len(qkv)), 1), whole)
+    held = decode(cache, shape.head_dim, torch.float32) if cache.dtype == INT8 else cache.float()
     wanted = paged_attention(
-        qkv.view(32, -1, 64)[:, :6], keys_of(held), values_of(held), tables.long(), contexts,
-        [0, 1, 31, 32], 0.125, window=window,
+        qkv.view(len(qkv), -1, shape.head_dim)[:, : shape.heads], keys_of(held), values_of(held),
+        tables.long(), contexts, starts, scores.scale, window=scores.window, cap=scores.cap,
     )  # fmt: skip
-    torch.testing.assert_close(whole, wanted.flatten(1), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(whole, wanted.flatten(1), rtol=3e-5, atol=3e-5)
+    if rows < CHUNK:
+        for row in range(len(qkv)):
+            assert torch.equal(run(slice(row, row + 1), 1)[0], whole[row])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

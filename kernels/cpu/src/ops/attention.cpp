@@ -274,19 +274,26 @@ static void join(const AttendArgs &a, int64_t row, int64_t kv, const float* part
     }
 }
 
-// The rows of one request that stand behind one another, and into how many pieces at most the
-// context of one of them is cut.
-struct Group {
-    int64_t begin, end, pieces;
+#include "../chunks.h"
 
-    Group(const AttendArgs& a, int64_t row) : begin(row), end(row), pieces(0) {
+// The rows of one request that stand behind one another: taken in chunks, or, where they are few,
+// each by itself, in at most so many pieces.
+struct Group {
+    int64_t begin, end, pieces, chunk;
+
+    Group(const AttendArgs& a, int64_t row) : begin(row), end(row), pieces(0), chunk(0) {
         for (; end < *a.rows && a.owners[end] == a.owners[row]; end++) {
             const int64_t count = pieces_of(a.positions[end], a.window).count;
             if (count > pieces) pieces = count;
         }
+        const int64_t most = kMostVectors * a.kv_heads / a.heads;
+        if (end - begin >= kChunk && most > 0) chunk = most;
     }
 
-    int64_t items(const AttendArgs& a) const { return (end - begin) * pieces * a.kv_heads; }
+    int64_t items(const AttendArgs& a) const {
+        const int64_t rows = end - begin;
+        return (chunk ? (rows + chunk - 1) / chunk : rows * pieces) * a.kv_heads;
+    }
 };
 
 template <class Kv>
@@ -324,6 +331,11 @@ static void attend_rows(const AttendArgs& a, int64_t part, int64_t parts) {
             // A piece of the context for all rows before the next: it is then still in the cache.
             // Key heads that lie beside one another come one after the other.
             const int64_t at = i - item, kv = at % a.kv_heads, rest = at / a.kv_heads;
+            if (rows.chunk) {
+                const int64_t begin = rows.begin + rest * rows.chunk, stop = begin + rows.chunk;
+                attend_chunk<Kv>(a, {begin, stop < rows.end ? stop : rows.end, kv});
+                continue;
+            }
             attend_item<Kv>(a, rows.begin + rest % count, rest / count, kv);
         }
         item = end;
