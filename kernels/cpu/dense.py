@@ -37,12 +37,14 @@ class DenseArgs(ctypes.Structure):
         ("weight", c_void_p),
         ("bias", c_void_p),
         ("y", c_void_p),
+        ("rows", c_void_p),
         ("m", c_int64),
         ("n", c_int64),
         ("k", c_int64),
         ("x_stride", c_int64),
         ("y_stride", c_int64),
         ("y_type", c_int32),
+        ("adds", c_int32),
     )
 
 
@@ -53,8 +55,10 @@ class RowsArgs(ctypes.Structure):
         ("weight", c_void_p),
         ("ids", c_void_p),
         ("y", c_void_p),
+        ("rows", c_void_p),
         ("m", c_int64),
         ("k", c_int64),
+        ("y_type", c_int32),
     )
 
 
@@ -121,19 +125,33 @@ def dense_linear(
     return y
 
 
-def dense_args(x: Tensor, weight: DensePanels, bias: Tensor | None, y: Tensor) -> DenseArgs:
-    """The arguments of a product into `y`, float32 or bfloat16; nothing of it is kept alive."""
+def dense_args(
+    x: Tensor,
+    weight: DensePanels,
+    bias: Tensor | None,
+    y: Tensor,
+    *,
+    rows: Tensor | None = None,
+    adds: bool = False,
+) -> DenseArgs:
+    """The arguments of a product into `y`, float32 or bfloat16; nothing of it is kept alive.
+
+    `rows`, int64 [1]: where the op reads how many of the rows of x there are. `adds`: to what a y
+    of float32 holds.
+    """
     return DenseArgs(
         x.data_ptr(),
         weight.panels.data_ptr(),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
+        None if rows is None else rows.data_ptr(),
         x.shape[0],
         weight.outputs,
         weight.shape[1],
         x.stride(0),
         y.stride(0),
         TYPES[y.dtype],
+        adds,
     )
 
 
@@ -159,9 +177,22 @@ def dense_rows(native: Native, weight: DensePanels, ids: Tensor, *, threads: int
     """Rows int64 [M] of the weight, [M, K]."""
     ids = ids.contiguous()
     y = weight.panels.new_empty(len(ids), weight.shape[1])
-    args = RowsArgs(
-        weight.panels.data_ptr(), ids.data_ptr(), y.data_ptr(), len(ids), weight.shape[1]
-    )
-    op = native.op(f"rows_{NAMES[y.dtype]}", RowsArgs)
+    op = native.op(f"rows_{NAMES[weight.panels.dtype]}", RowsArgs)
+    args = rows_args(weight, ids, y)
     native.run_one(call(op, args, parts(len(ids), y.shape[1], 1, threads)), threads)
     return y
+
+
+def rows_args(
+    weight: DensePanels, ids: Tensor, y: Tensor, *, rows: Tensor | None = None
+) -> RowsArgs:
+    """The arguments of a look-up into `y` [M, K], of the weight's dtype or float32, contiguous."""
+    return RowsArgs(
+        weight.panels.data_ptr(),
+        ids.data_ptr(),
+        y.data_ptr(),
+        None if rows is None else rows.data_ptr(),
+        len(ids),
+        weight.shape[1],
+        TYPES[y.dtype],
+    )

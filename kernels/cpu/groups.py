@@ -33,6 +33,7 @@ class GroupsArgs(ctypes.Structure):
         ("sums", c_void_p),
         ("bias", c_void_p),
         ("y", c_void_p),
+        ("rows", c_void_p),
         ("m", c_int64),
         ("n", c_int64),
         ("k", c_int64),
@@ -44,6 +45,7 @@ class GroupsArgs(ctypes.Structure):
         ("scale_type", c_int32),
         ("bits", c_int32),
         ("zero", c_int32),
+        ("adds", c_int32),
     )
 
 
@@ -53,6 +55,7 @@ class GroupSumsArgs(ctypes.Structure):
     _fields_ = (
         ("x", c_void_p),
         ("sums", c_void_p),
+        ("rows", c_void_p),
         ("m", c_int64),
         ("k", c_int64),
         ("group", c_int64),
@@ -138,9 +141,10 @@ def _pack_codes(codes: Tensor, bits: int) -> Tensor:
 def _fields(pairs: Tensor, width: int) -> Tensor:
     """Pairs [..., 16 pairs, 16, 2] of `width` bits, 16 / width to a word, the first lowest."""
     each = 16 // width
-    split = pairs.unflatten(3, (-1, each))
+    split = pairs.reshape(*pairs.shape[:3], -1, each, *pairs.shape[4:])
     shifts = (torch.arange(each, dtype=torch.int32) * width).view(each, 1, 1)
-    return (split << shifts).sum(dim=4, dtype=torch.int32)
+    words: Tensor = (split << shifts).sum(dim=4, dtype=torch.int32)
+    return words
 
 
 def unpack_groups(weight: GroupPanels) -> Tensor:
@@ -205,11 +209,14 @@ def group_sums_buffer(x: Tensor, weight: GroupPanels) -> Tensor | None:
     return torch.empty(x.shape[0], weight.scales.shape[1], dtype=torch.float32)
 
 
-def group_sums_args(x: Tensor, weight: GroupPanels, sums: Tensor) -> GroupSumsArgs:
+def group_sums_args(
+    x: Tensor, weight: GroupPanels, sums: Tensor, *, rows: Tensor | None = None
+) -> GroupSumsArgs:
     """Of the call before a product with zeros."""
     return GroupSumsArgs(
         x.data_ptr(),
         sums.data_ptr(),
+        None if rows is None else rows.data_ptr(),
         x.shape[0],
         x.shape[1],
         weight.group,
@@ -219,9 +226,16 @@ def group_sums_args(x: Tensor, weight: GroupPanels, sums: Tensor) -> GroupSumsAr
 
 
 def groups_args(
-    x: Tensor, weight: GroupPanels, bias: Tensor | None, y: Tensor, sums: Tensor | None
+    x: Tensor,
+    weight: GroupPanels,
+    bias: Tensor | None,
+    y: Tensor,
+    sums: Tensor | None,
+    *,
+    rows: Tensor | None = None,
+    adds: bool = False,
 ) -> GroupsArgs:
-    """The arguments of a product into `y`; nothing of it is kept alive."""
+    """The arguments of a product into `y`, as `dense_args`; nothing of it is kept alive."""
     return GroupsArgs(
         x.data_ptr(),
         weight.codes.data_ptr(),
@@ -230,6 +244,7 @@ def groups_args(
         None if sums is None else sums.data_ptr(),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
+        None if rows is None else rows.data_ptr(),
         x.shape[0],
         weight.outputs,
         weight.shape[1],
@@ -241,4 +256,5 @@ def groups_args(
         TYPES[weight.scales.dtype],
         weight.bits,
         weight.zero,
+        adds,
     )

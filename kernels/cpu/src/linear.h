@@ -12,6 +12,12 @@ namespace infopt {
 // Outputs of a panel. A panel that is not full is filled up with zeros.
 constexpr std::int64_t kPanel = 32;
 
+// How many rows there are when an op is run.
+template <class Args>
+static inline std::int64_t rows_of(const Args& args) {
+    return args.rows == nullptr ? args.m : *args.rows;
+}
+
 // linear_float32: weights float32 [ceil(n / 32), k, 32].
 // linear_bfloat16: weights bfloat16 [ceil(n / 32), k / 2, 32, 2], k even; sums in float32.
 struct DenseArgs {
@@ -19,16 +25,20 @@ struct DenseArgs {
     const void* weight;
     const float* bias;    // [n], or null
     void* y;              // [m, n], of y_type, rows y_stride apart
+    const std::int64_t* rows;  // where m is read when the op is run, or null
     std::int64_t m, n, k, x_stride, y_stride;
     std::int32_t y_type;  // kFloat32 or kBFloat16
+    std::int32_t adds;    // to what y holds, which must be float32; 0: y is written
 };
 
 // rows_float32, rows_bfloat16: rows of a weight packed as above, as they were.
 struct RowsArgs {
     const void* weight;
-    const std::int64_t* ids;  // [m], below n
-    void* y;                  // [m, k], of the weights' type
+    const std::int64_t* ids;   // [m], below n
+    void* y;                   // [m, k], of y_type: the weights' type, or kFloat32
+    const std::int64_t* rows;  // where m is read when the op is run, or null
     std::int64_t m, k;
+    std::int32_t y_type;
 };
 
 // linear_groups: weights (code - zero) * scale, codes of 2, 3, 4 or 8 bits, one scale and zero for
@@ -47,15 +57,18 @@ struct GroupsArgs {
     const float* sums;          // with zeros: what group_sums says of x
     const float* bias;          // [n], or null
     void* y;                    // [m, n], of y_type, rows y_stride apart
+    const std::int64_t* rows;   // where m is read when the op is run, or null
     std::int64_t m, n, k, group, x_stride, y_stride;
     std::int32_t x_type, y_type, scale_type;  // x and y: kFloat32 or kBFloat16
     std::int32_t bits, zero;
+    std::int32_t adds;          // to what y holds, which must be float32; 0: y is written
 };
 
 // group_sums: sums float32 [m, k / group] of each group of a row's inputs.
 struct GroupSumsArgs {
     const void* x;
     float* sums;
+    const std::int64_t* rows;  // where m is read when the op is run, or null
     std::int64_t m, k, group, x_stride;
     std::int32_t x_type;
 };

@@ -124,23 +124,25 @@ struct BFloat16 {
     }
 };
 
-// Writes one row's outputs of a panel, its vectors from `first` on.
-template <int V>
-static inline void put(void* y, std::int32_t type, const float* bias, std::int64_t n,
-                       std::int64_t at, const vf* sums) {
+// Writes one row's outputs of a panel, `V` vectors of them from output `at` on.
+template <int V, class Args>
+static inline void put(const Args& args, std::int64_t row, std::int64_t at, const vf* sums) {
     alignas(64) float values[V * kLanes];
-    const std::int64_t count = n - at < V * kLanes ? n - at : V * kLanes;
-    for (int v = 0; v < V; ++v) store(values + v * kLanes, sums[v]);
+    const std::int64_t count = args.n - at < V * kLanes ? args.n - at : V * kLanes;
     if (count <= 0) return;
-    if (bias != nullptr)
-        for (std::int64_t i = 0; i < count; ++i) values[i] += bias[at + i];
-    if (type == kFloat32) {
-        std::memcpy(static_cast<float*>(y) + at, values, sizeof(float) * count);
+    for (int v = 0; v < V; ++v) store(values + v * kLanes, sums[v]);
+    if (args.bias != nullptr)
+        for (std::int64_t i = 0; i < count; ++i) values[i] += args.bias[at + i];
+    if (args.y_type == kFloat32) {
+        float* y = static_cast<float*>(args.y) + row * args.y_stride + at;
+        if (args.adds != 0)
+            for (std::int64_t i = 0; i < count; ++i) values[i] += y[i];
+        std::memcpy(y, values, sizeof(float) * count);
         return;
     }
     alignas(64) bf16 rounded[V * kLanes];
     for (int v = 0; v < V; ++v) store(rounded + v * kLanes, narrow(load<vf>(values + v * kLanes)));
-    std::memcpy(static_cast<bf16*>(y) + at, rounded, sizeof(bf16) * count);
+    std::memcpy(static_cast<bf16*>(args.y) + row * args.y_stride + at, rounded, sizeof(bf16) * count);
 }
 
 }  // namespace INFOPT_ISA

@@ -8,12 +8,14 @@ from hypothesis import strategies as st
 from infopt.kernels.cpu.dense import (
     DenseArgs,
     DensePanels,
+    RowsArgs,
     dense_args,
     dense_linear,
     dense_rows,
     pack_dense,
     packable,
     reference,
+    rows_args,
     unpack_dense,
 )
 from infopt.kernels.cpu.native import Native, call
@@ -105,6 +107,28 @@ def test_rows_are_the_weights(native: Native, dtype: torch.dtype) -> None:
     ids = torch.randint(75, (41,))
     found = dense_rows(native, pack_dense(weight), ids, threads=2)
     assert torch.equal(found, weight[ids])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_in_float32_as_many_as_are_told(native: Native, dtype: torch.dtype) -> None:
+    weight = weight_of(75, 50, dtype)
+    ids, y, told = torch.randint(75, (9,)), torch.full((9, 50), torch.nan), torch.tensor([4])
+    packed = pack_dense(weight)
+    args = rows_args(packed, ids, y, rows=told)
+    native.run_one(call(native.op(f"rows_{str(dtype)[6:]}", RowsArgs), args, 2), 2)
+    assert torch.equal(y[:4], weight[ids[:4]].float()) and y[4:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_may_add_to_as_many_rows_as_are_told(native: Native, dtype: torch.dtype) -> None:
+    packed, bias = pack_dense(weight_of(35, 34, dtype)), torch.randn(35)
+    x, y, told = torch.randn(5, 34).to(dtype), torch.randn(5, 35), torch.tensor([3])
+    wanted = y[:3] + reference(x[:3].float(), packed, bias)
+    before = y.clone()
+    args = dense_args(x, packed, bias, y, rows=told, adds=True)
+    native.run_one(call(native.op(f"linear_{str(dtype)[6:]}", DenseArgs), args, 3), 2)
+    close(y[:3], wanted, torch.float32)
+    assert torch.equal(y[3:], before[3:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

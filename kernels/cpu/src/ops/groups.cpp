@@ -75,12 +75,17 @@ struct Words {
     }
 };
 
+// Values of both tiles times a pair of inputs of each row. Row by row, so that an input is in a
+// register for no longer than it takes.
 template <int R>
-static inline void add_pair(__m512 (&sums)[R][2], int tile, __m512i values, const RowAddresses<R>& x, std::int64_t offset) {
+static inline void add_pair(__m512 (&sums)[R][2], const __m512i (&values)[2], const RowAddresses<R>& x, std::int64_t offset) {
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
         std::int32_t both;
         std::memcpy(&both, x.at(r, offset), 4);
-        sums[r][tile] = _mm512_dpbf16_ps(sums[r][tile], (__m512bh)_mm512_set1_epi32(both), (__m512bh)values);
+        const __m512bh inputs = (__m512bh)_mm512_set1_epi32(both);
+        sums[r][0] = _mm512_dpbf16_ps(sums[r][0], (__m512bh)values[0], inputs);
+        sums[r][1] = _mm512_dpbf16_ps(sums[r][1], (__m512bh)values[1], inputs);
     }
 }
 
@@ -94,24 +99,23 @@ static inline void add_block(const BFloat16&, __m512 (&sums)[R][2], const Tables
 #pragma GCC unroll 8
         for (int i = 0; i < kEach<Bits>; ++i) {
             const std::int64_t offset = 2 * k + 4 * (run * kEach<Bits> + i);
-            for (int tile = 0; tile < 2; ++tile) {
-                const __m512i bits = words[tile].pair(i);
-                add_pair<R>(sums, tile, _mm512_permutexvar_epi16(bits, tables.low), x, offset);
-                if constexpr (Bits == 8) {
-                    const __m512i upper = _mm512_srli_epi16(bits, 4);
-                    add_pair<R>(sums, tile, _mm512_permutexvar_epi16(upper, tables.high), x, offset);
-                }
+            const __m512i bits[2] = {words[0].pair(i), words[1].pair(i)};
+            add_pair<R>(sums, {_mm512_permutexvar_epi16(bits[0], tables.low), _mm512_permutexvar_epi16(bits[1], tables.low)}, x, offset);
+            if constexpr (Bits == 8) {
+                const __m512i upper[2] = {_mm512_srli_epi16(bits[0], 4), _mm512_srli_epi16(bits[1], 4)};
+                add_pair<R>(sums, {_mm512_permutexvar_epi16(upper[0], tables.high), _mm512_permutexvar_epi16(upper[1], tables.high)}, x, offset);
             }
         }
     }
 }
 
 template <int R>
-static inline void add_one(__m512 (&sums)[R][2], int tile, __m512 values, const RowAddresses<R>& x, std::int64_t offset) {
+static inline void add_one(__m512 (&sums)[R][2], __m512 first, __m512 second, const RowAddresses<R>& x, std::int64_t offset) {
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-        float one;
-        std::memcpy(&one, x.at(r, offset), 4);
-        sums[r][tile] = _mm512_fmadd_ps(values, _mm512_set1_ps(one), sums[r][tile]);
+        const __m512 input = _mm512_set1_ps(Float32::number(x.at(r, offset)));
+        sums[r][0] = _mm512_fmadd_ps(first, input, sums[r][0]);
+        sums[r][1] = _mm512_fmadd_ps(second, input, sums[r][1]);
     }
 }
 
@@ -124,11 +128,10 @@ static inline void add_block(const Float32&, __m512 (&sums)[R][2], const Tables<
 #pragma GCC unroll 8
         for (int i = 0; i < kEach<Bits>; ++i) {
             const std::int64_t offset = 4 * k + 8 * (run * kEach<Bits> + i);
-            for (int tile = 0; tile < 2; ++tile) {
-                const __m512i even = words[tile].pair(i), odd = _mm512_srli_epi32(even, 16);
-                add_one<R>(sums, tile, tables.number(even), x, offset);
-                add_one<R>(sums, tile, tables.number(odd), x, offset + 4);
-            }
+            const __m512i even[2] = {words[0].pair(i), words[1].pair(i)};
+            const __m512i odd[2] = {_mm512_srli_epi32(even[0], 16), _mm512_srli_epi32(even[1], 16)};
+            add_one<R>(sums, tables.number(even[0]), tables.number(even[1]), x, offset);
+            add_one<R>(sums, tables.number(odd[0]), tables.number(odd[1]), x, offset + 4);
         }
     }
 }
@@ -167,6 +170,7 @@ static inline void add_block(const T&, vf (&sums)[R][V], const Tables<Bits>& tab
             const int output = (first + v) * kLanes;
             const vu both = pair_bits<Bits>(codes + output / 16 * Bits * 32 + output % 16 * 2, i);
             const vf even = to_floats(both & 0xFFFFu) - tables.zero, odd = to_floats(both >> 16) - tables.zero;
+#pragma GCC unroll 12
             for (int r = 0; r < R; ++r) {
                 const float x0 = T::number(x.at(r, (k + 2 * i) * T::kSize));
                 const float x1 = T::number(x.at(r, (k + 2 * i + 1) * T::kSize));
@@ -204,6 +208,7 @@ static inline void chunk(const GroupsArgs& args, const Place& place, const Table
                 typedef std::uint8_t vb __attribute__((vector_size(kLanes)));
                 shift = __builtin_convertvector(load<vb>(args.zeros + at), vf) - static_cast<float>(args.zero);
             }
+#pragma GCC unroll 12
             for (int r = 0; r < R; ++r) {
                 vf sum = sums[r][v];
                 if (args.zeros != nullptr) sum -= shift * args.sums[(row + r) * groups + group];
@@ -229,19 +234,17 @@ static inline void panel_of(const GroupsArgs& args, const Tables<Bits>& tables, 
                 chunk<T, Bits, decltype(count)::value, kWide>(args, place, tables, v);
         });
     }
-    const std::int64_t size = args.y_type == kFloat32 ? 4 : 2;
     for (std::int64_t row = 0; row < rows; ++row) {
         vf whole[kVectors];
         for (int v = 0; v < kVectors; ++v) whole[v] = load<vf>(sums[row] + v * kLanes);
-        void* y = static_cast<char*>(args.y) + (row0 + row) * args.y_stride * size;
-        put<kVectors>(y, args.y_type, args.bias, args.n, panel * kPanel, whole);
+        put<kVectors>(args, row0 + row, panel * kPanel, whole);
     }
 }
 
 template <class T, int Bits>
 static void product(const GroupsArgs& args, std::int64_t part, std::int64_t parts) {
     const Tables<Bits> tables(args.zero);
-    for_panels(args.m, args.n, args.k * T::kSize, part, parts,
+    for_panels(rows_of(args), args.n, args.k * T::kSize, part, parts,
                [&](std::int64_t panel, std::int64_t row0, std::int64_t rows) {
                    panel_of<T, Bits>(args, tables, panel, row0, rows);
                });
@@ -265,7 +268,7 @@ static void linear_groups(const void* raw, std::int64_t part, std::int64_t parts
 static void group_sums(const void* raw, std::int64_t part, std::int64_t parts) {
     const GroupSumsArgs& args = *static_cast<const GroupSumsArgs*>(raw);
     const std::int64_t groups = args.k / args.group;
-    const Share share(args.m * groups, 1, part, parts);
+    const Share share(rows_of(args) * groups, 1, part, parts);
     for (std::int64_t i = share.begin; i < share.end; ++i) {
         const std::int64_t at = i / groups * args.x_stride + i % groups * args.group;
         vf sums = {};
