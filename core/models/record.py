@@ -32,29 +32,43 @@ class Unrecordable(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Size:
+    """What a recorded step has room for."""
+
+    rows: int
+    wanted: int
+    """Rows whose logits are wanted."""
+    alone: int
+    """Rows that attention takes by themselves."""
+    width: int
+    """Blocks of a request."""
+
+
+@dataclass(frozen=True, slots=True)
 class Rows:
     """What a recorded step reads: one token a row, those of a request behind one another."""
 
     token_ids: Tensor
-    """int64 [capacity]"""
+    """int64 [rows]"""
     positions: Tensor
-    """int64 [capacity]"""
+    """int64 [rows]"""
     slots: Tensor
-    """int64 [capacity]"""
+    """int64 [rows]"""
     owners: Tensor
-    """int32 [capacity]: the number of each row's request."""
+    """int32 [rows]: the number of each row's request."""
     tables: Tensor
-    """int32 [capacity, width]: the blocks of each request."""
+    """int32 [rows, width]: the blocks of each request."""
 
     wanted: Tensor
-    """int64 [capacity]: the rows whose logits are wanted."""
+    """int64 [wanted]: the rows whose logits are wanted."""
 
     @classmethod
-    def empty(cls, capacity: int, width: int) -> "Rows":
-        numbers = torch.zeros(4, capacity, dtype=torch.int64)
-        owners = torch.arange(capacity, dtype=torch.int32)
-        tables = torch.zeros(capacity, width, dtype=torch.int32)
-        return cls(numbers[0], numbers[1], numbers[2], owners, tables, numbers[3])
+    def empty(cls, size: "Size") -> "Rows":
+        numbers = torch.zeros(3, size.rows, dtype=torch.int64)
+        owners = torch.arange(size.rows, dtype=torch.int32)
+        tables = torch.zeros(size.rows, size.width, dtype=torch.int32)
+        wanted = torch.zeros(size.wanted, dtype=torch.int64)
+        return cls(numbers[0], numbers[1], numbers[2], owners, tables, wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,32 +76,42 @@ class Recorded:
     """What a program leaves, in float32."""
 
     hidden: Tensor
-    """[capacity, hidden], before the last norm."""
+    """[rows, hidden], before the last norm."""
     logits: Tensor
-    """[capacity, vocabulary], of the wanted rows."""
+    """[wanted, vocabulary]"""
     wanted: Count
-    """How many they are."""
+    """How many rows are wanted."""
+    packed: bool
+    """Whether all weights lie as products of many rows want them."""
 
 
-def record(decoder: Decoder, program: Program, rows: Rows, caches: Sequence[Tensor]) -> Recorded:
+def record(
+    decoder: Decoder, program: Program, size: Size, rows: Rows, caches: Sequence[Tensor]
+) -> Recorded:
     """Append to `program` the step that reads `rows` and fills `caches`.
 
     Raises Unrecordable for a decoder with a part that has no native op.
     """
-    recorder = _Recorder(decoder, program, rows, caches)
+    recorder = _Recorder(decoder, program, size, rows, caches)
     twin = recorder.twin()
     hidden = twin.through(twin.embed(rows), recorder, caches)
     chosen, wanted = recorder.choose(hidden)
-    return Recorded(hidden, twin.logits(chosen), wanted)
+    return Recorded(hidden, twin.logits(chosen), wanted, recorder.packed)
 
 
 class _Recorder:
     """The parts that append; and what all layers' attention is handed (`Attending`)."""
 
     def __init__(
-        self, decoder: Decoder, program: Program, rows: Rows, caches: Sequence[Tensor]
+        self,
+        decoder: Decoder,
+        program: Program,
+        size: Size,
+        rows: Rows,
+        caches: Sequence[Tensor],
     ) -> None:
-        self.decoder, self.program, self.rows = decoder, program, rows
+        self.decoder, self.program, self.rows, self.size = decoder, program, rows, size
+        self.packed = True
         config, cache = decoder.config, caches[0]
         if decoder.device.type != "cpu":
             raise Unrecordable(f"it runs on {decoder.device.type}")
@@ -96,8 +120,8 @@ class _Recorder:
         if config.head_dim > attention.MOST_DIM:
             raise Unrecordable(f"its heads are {config.head_dim} wide")
         self.shape = Heads(config.heads, config.kv_heads, config.head_dim)
-        context = rows.tables.shape[1] * cache.shape[1]
-        self.scratch: Scratch = attention.new_scratch(program.capacity, self.shape, context)
+        context = size.width * cache.shape[1]
+        self.scratch: Scratch = attention.new_scratch(size.alone, self.shape, context)
         self._rotaries: list[tuple[Tensor, Tensor]] = []
         self._sum: tuple[Tensor, Tensor] | None = None
         """A sum still to be appended: a norm of it does both in one."""
@@ -166,7 +190,7 @@ class _Recorder:
     def choose(self, hidden: Tensor) -> tuple[Tensor, Count]:
         """The wanted rows, and how many they are: all that is appended from here on is of those."""
         program = self._label("chosen")
-        program.count = wanted = Count()
+        program.count = wanted = Count(self.size.wanted)
         return elementwise.embed(program, self.rows.wanted, hidden), wanted
 
     # The parts. Each first sees to a sum that is still to be appended.
@@ -190,7 +214,11 @@ class _Recorder:
             case NativeEmbedding(weight=panels, scale=scale):
 
                 def packed_rows(ids: Tensor) -> Tensor:
-                    return packed.packed_embed(self._label(label), ids, panels, scale)
+                    x = packed.packed_embed(self._label(label), ids, panels)
+                    if scale == 1.0:
+                        return x
+                    every = torch.arange(len(x))
+                    return elementwise.embed(self._label(f"{label}, scaled"), every, x, scale)
 
                 return packed_rows
             case _:
@@ -207,6 +235,7 @@ class _Recorder:
 
                 return product
             case Linear(weight=weight, bias=bias, fixed=False) if unpacked.takes(weight):
+                self.packed = False
 
                 def linear(x: Tensor) -> Tensor:
                     return unpacked.unpacked(self._label(label), x, weight, bias)

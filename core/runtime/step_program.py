@@ -1,10 +1,11 @@
-"""Small steps that were recorded once, and are replayed with no Python between their kernels.
+"""Steps that were recorded once, and are replayed with no Python between their kernels.
 
-On a CPU a program is a native list of calls. A step of few tokens that wants logits and nothing
-else is replayed where there is a program; all others are computed part by part.
+On a CPU a program is a native list of calls. A step that wants logits and nothing else is replayed
+where there is a program; all others are computed part by part.
 """
 
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Protocol
 
 import numpy as np
@@ -12,20 +13,25 @@ import torch
 from torch import Tensor
 
 from infopt.core.models.decoder import Decoder, StepInputs
-from infopt.core.models.record import Rows, Unrecordable, record
+from infopt.core.models.record import Rows, Size, Unrecordable, record
+from infopt.kernels.cpu import attention
+from infopt.kernels.cpu.attention import Heads
 from infopt.kernels.cpu.native import Native
 from infopt.kernels.cpu.program import Program
 
-MOST_ROWS = 32
-"""Beyond, products are matrix by matrix, which torch does faster."""
+MOST_ROWS = 1024
+"""Beyond, a step is computed part by part: its buffers would take too much memory."""
+_MOST_UNPACKED_ROWS = 8
+"""Where weights lie as products of few rows want them."""
+_SMALL_ROWS = 32
+"""Up to so many, a step has a program of its own, so that it need not be cut as a large one is."""
 _FEWEST_BLOCKS = 16
 
 
 class StepProgram(Protocol):
-    """A step of up to `capacity` tokens, of requests with up to `width` blocks."""
+    """A step of no more tokens and blocks than it has room for."""
 
-    capacity: int
-    width: int
+    size: Size
 
     def replay(self, inputs: StepInputs, wanted: Tensor | None = None) -> Tensor:
         """Logits float32 [R, vocabulary] of the tokens at `wanted` int64 [R], or of all; good until
@@ -44,20 +50,23 @@ class NativeStep:
         native: Native,
         decoder: Decoder,
         caches: Sequence[Tensor],
-        *,
-        capacity: int,
-        width: int,
+        size: Size,
         threads: int,
     ) -> None:
         """Record; raises Unrecordable for a decoder with a part that has no native op."""
-        self.capacity, self.width, self.threads = capacity, width, threads
+        self.size, self.threads = size, threads
         # Not of inference mode, or nobody could write into the buffers outside of that.
         with torch.inference_mode(False):
-            self._program = Program(native, capacity, threads)
-            self._rows = Rows.empty(capacity, width)
+            self._program = Program(native, size.rows, threads)
+            self._rows = Rows.empty(size)
             self._tables, self._owners = self._rows.tables.numpy(), self._rows.owners.numpy()
-            self._every = torch.arange(capacity)
-            self._result = record(decoder, self._program, self._rows, caches)
+            self._every = torch.arange(size.rows)
+            self._result = record(decoder, self._program, size, self._rows, caches)
+
+    @property
+    def packed(self) -> bool:
+        """Whether all weights lie as products of many rows want them."""
+        return self._result.packed
 
     def replay(self, inputs: StepInputs, wanted: Tensor | None = None) -> Tensor:
         count = self._fill(inputs, wanted)
@@ -94,30 +103,41 @@ class NativeSteps:
     def __init__(self, native: Native, decoder: Decoder, caches: Sequence[Tensor]) -> None:
         """Raises Unrecordable for a decoder with a part that has no native op."""
         self._native, self._decoder, self._caches = native, decoder, caches
-        self._step = self._record(1, _FEWEST_BLOCKS)
+        config = decoder.config
+        self._shape = Heads(config.heads, config.kv_heads, config.head_dim)
+        self._small = self._record(Size(rows=1, wanted=1, alone=1, width=_FEWEST_BLOCKS))
+        self._large: NativeStep | None = None
+        self._most = MOST_ROWS if self._small.packed else _MOST_UNPACKED_ROWS
 
-    def step_for(self, inputs: StepInputs) -> NativeStep | None:
+    def step_for(self, inputs: StepInputs, wanted: Tensor | None) -> NativeStep | None:
         """The program of a step; None where it has more rows than programs have."""
-        step, rows = self._step, len(inputs.token_ids)
-        if rows > MOST_ROWS:
+        rows, plan = len(inputs.token_ids), inputs.plan
+        if rows > self._most:
             return None
-        width = max(map(len, inputs.plan.tables))
-        fits = rows <= step.capacity and width <= step.width
-        if not fits or torch.get_num_threads() != step.threads:
-            self._step = self._record(
-                max(step.capacity, _at_least(rows)), max(step.width, _at_least(width))
-            )
-        return self._step
-
-    def _record(self, capacity: int, width: int) -> NativeStep:
-        return NativeStep(
-            self._native,
-            self._decoder,
-            self._caches,
-            capacity=capacity,
-            width=width,
-            threads=torch.get_num_threads(),
+        needed = Size(
+            rows,
+            rows if wanted is None else len(wanted),
+            attention.alone(plan.lengths, self._shape),
+            max(map(len, plan.tables)),
         )
+        if rows <= _SMALL_ROWS:
+            self._small = self._with_room(self._small, needed)
+            return self._small
+        self._large = self._with_room(self._large, needed)
+        return self._large
+
+    def _with_room(self, step: NativeStep | None, needed: Size) -> NativeStep:
+        """The step, or a larger one in its place."""
+        held = needed if step is None else step.size
+        both = zip(astuple(held), astuple(needed), strict=True)
+        size = Size(*(max(have, _at_least(wants)) for have, wants in both))
+        if step is None or size != held or torch.get_num_threads() != step.threads:
+            return self._record(size)
+        return step
+
+    def _record(self, size: Size) -> NativeStep:
+        threads = torch.get_num_threads()
+        return NativeStep(self._native, self._decoder, self._caches, size, threads)
 
 
 class Replays:
@@ -131,7 +151,7 @@ class Replays:
 
     def logits(self, inputs: StepInputs, wanted: Tensor | None = None) -> Tensor | None:
         """As `StepProgram.replay`; None for a step that is to be computed part by part."""
-        self.program = None if self._steps is None else self._steps.step_for(inputs)
+        self.program = None if self._steps is None else self._steps.step_for(inputs, wanted)
         if self.program is None:
             return None
         self.count += 1
@@ -150,4 +170,4 @@ def recorded(native: Native | None, decoder: Decoder, caches: Sequence[Tensor]) 
 
 def _at_least(number: int) -> int:
     """The power of two that is no less."""
-    return 1 << (number - 1).bit_length()
+    return 1 << max(number - 1, 0).bit_length()

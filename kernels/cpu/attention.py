@@ -5,6 +5,7 @@ cache is one of `kernels.attention.cache`, in float32, bfloat16 or int8.
 """
 
 import ctypes
+from collections.abc import Iterable
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from infopt.kernels.cpu.program import KINDS, Program
 # As in ops/attention.cpp.
 _FEW, _FEW_EACH, _MORE_EACH, _MOST_PIECES = 1024, 64, 256, 64
 _PADDED = 32
+# As in chunks.h.
+_CHUNK, _MOST_VECTORS = 8, 64
 MOST_DIM = 512
 """Numbers of a head."""
 
@@ -78,8 +81,14 @@ def most_pieces(context: int) -> int:
     return max(few, min(-(-context // _MORE_EACH), _MOST_PIECES))
 
 
+def alone(lengths: Iterable[int], shape: Heads) -> int:
+    """Of rows of requests that have so many each, those that are taken by themselves."""
+    chunks = shape.heads <= _MOST_VECTORS * shape.kv_heads
+    return sum(length for length in lengths if length < _CHUNK or not chunks)
+
+
 def new_scratch(capacity: int, shape: Heads, context: int) -> Scratch:
-    """For so many rows whose contexts have at most `context` tokens."""
+    """For so many rows that are taken by themselves, of contexts of at most `context` tokens."""
     splits = most_pieces(context)
     padded = -(-shape.head_dim // _PADDED) * _PADDED
     each = shape.heads * (padded + 2)

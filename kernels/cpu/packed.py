@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from infopt.kernels.cpu.dense import NAMES, DenseArgs, DensePanels, RowsArgs, parts
-from infopt.kernels.cpu.elementwise import embed
+from infopt.kernels.cpu.dense import NAMES, TYPES, DenseArgs, DensePanels, RowsArgs, parts
 from infopt.kernels.cpu.program import Program
 
 
@@ -19,7 +18,7 @@ def dense(program: Program, x: Tensor, weight: DensePanels, bias: Tensor | None)
         DenseArgs,
         {"x": given, "weight": weight.panels, "bias": bias, "y": y},
         {
-            "m": 0,
+            "m": program.capacity,
             "n": outputs,
             "k": inputs,
             "x_stride": given.stride(0),
@@ -27,22 +26,20 @@ def dense(program: Program, x: Tensor, weight: DensePanels, bias: Tensor | None)
             "y_type": 0,
         },
         parts=parts(1, outputs, inputs, program.threads),
-        count="m",
         changes=y,
     )
     return y
 
 
-def packed_embed(program: Program, ids: Tensor, weight: DensePanels, scale: float = 1.0) -> Tensor:
-    """As `embed` with a table that is packed."""
-    name, width = NAMES[weight.panels.dtype], weight.shape[1]
-    found = torch.empty(program.capacity, width, dtype=weight.panels.dtype)
+def packed_embed(program: Program, ids: Tensor, weight: DensePanels) -> Tensor:
+    """Rows of a packed weight, as `embed` has those of a table."""
+    x = program.buffer(weight.shape[1])
     program.append(
-        f"rows_{name}",
+        f"rows_{NAMES[weight.panels.dtype]}",
         RowsArgs,
-        {"weight": weight.panels, "ids": ids, "y": found},
-        {"m": 0, "k": width},
-        parts=1,
-        count="m",
+        {"weight": weight.panels, "ids": ids, "y": x},
+        {"m": program.capacity, "k": weight.shape[1], "y_type": TYPES[x.dtype]},
+        parts=program.parts(x.numel()),
+        changes=x,
     )
-    return embed(program, torch.arange(program.capacity), found, scale)
+    return x

@@ -26,31 +26,28 @@ class RoundArgs(ctypes.Structure):
 
 
 class Count:
-    """How many rows of their buffers some ops work on, set anew before each run."""
+    """How many rows of their buffers, of `capacity`, some ops work on; set before each run."""
 
-    def __init__(self) -> None:
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
         self.number = torch.zeros(1, dtype=torch.int64)
-        self.fields: list[tuple[ctypes.Structure, str]] = []
-        """Arguments that hold it themselves, by name; others have a pointer."""
 
     def set(self, rows: int) -> None:
-        if rows != int(self.number):
-            self.number.fill_(rows)
-            for args, field in self.fields:
-                setattr(args, field, rows)
+        assert 0 <= rows <= self.capacity
+        self.number.fill_(rows)
 
 
 class Program:
     """Calls appended one by one, each after the ones before; replayed in one native call.
 
-    Ops work on the first rows of their buffers, which have `capacity` rows: as many as `count` said
-    when the op was appended. What a row becomes depends neither on the others nor on `threads`.
+    Ops work on as many rows as `count` says that they were appended under. What a row becomes
+    depends neither on `threads` nor, but for the rows of one request in attention, on the others.
     """
 
     def __init__(self, native: Native, capacity: int, threads: int) -> None:
-        self.capacity, self.threads = capacity, threads
+        self.threads = threads
         self._native = native
-        self.count = self._count = Count()
+        self.count = self._count = Count(capacity)
         """Of the ops that are appended from here on; at first that which `rows` is."""
         self._calls: list[Call] = []
         self._makers: dict[int, ctypes.Structure] = {}
@@ -63,12 +60,16 @@ class Program:
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     @property
+    def capacity(self) -> int:
+        """Of the buffers of the ops that are appended from here on."""
+        return self.count.capacity
+
+    @property
     def rows(self) -> int:
         return int(self._count.number)
 
     @rows.setter
     def rows(self, rows: int) -> None:
-        assert 0 < rows <= self.capacity
         self._count.set(rows)
 
     def buffer(self, *width: int) -> Tensor:
@@ -93,23 +94,17 @@ class Program:
         numbers: Mapping[str, int | float],
         *,
         parts: int,
-        count: str = "",
         out: Tensor | None = None,
         changes: Tensor | None = None,
     ) -> None:
         """Append the op `name`, its arguments of the structure `kind`, cut into `parts`.
 
-        Its row count is set here: in its field `count` before each run, or else as a pointer in
-        `rows`. Tensors are kept, and must be contiguous but for what the op knows of. `out` is what
-        it fills, if its arguments have a place for a rounded copy of that; `changes` is what it
-        fills or changes without one.
+        Where it finds how many rows there are is set here. Tensors are kept, and must be contiguous
+        but for what the op knows of. `out` is what it fills, if its arguments have a place for a
+        rounded copy of that; `changes` is what it fills or changes without one.
         """
         held = {key: None if t is None else t.data_ptr() for key, t in tensors.items()}
-        args = kind(**held, **numbers)
-        if count:
-            self.count.fields.append((args, count))
-        else:
-            args.rows = self.count.number.data_ptr()
+        args = kind(rows=self.count.number.data_ptr(), **held, **numbers)
         self._kept += [self.count, args, *tensors.values()]
         if changes is not None:
             self._makers.pop(changes.data_ptr(), None)

@@ -90,8 +90,8 @@ struct AttendArgs {
     const int32_t* owners;  // [rows]: whose row of `tables` is a row's
     const int32_t* tables;  // [requests, width]
     float* out;             // [rows, heads, head_dim]
-    float* parts;           // [rows, kv_heads, splits, group, head_dim + 2]
-    int32_t* done;          // [rows, kv_heads], zeros, and zeros again afterwards
+    float* parts;           // [rows not in chunks, kv_heads, splits, group, padded head_dim + 2]
+    int32_t* done;          // [rows not in chunks, kv_heads], zeros, and so again afterwards
     bf16* rounded;          // a copy of out, or null; rows rounded_stride apart
     int64_t rounded_stride;
     int64_t heads, kv_heads, head_dim, row_bytes, block_size, width, splits;

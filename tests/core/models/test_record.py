@@ -13,7 +13,7 @@ from infopt.core.layers.choice import NativeChoice
 from infopt.core.layers.linear import Linear
 from infopt.core.models.decoder import Decoder, StepInputs
 from infopt.core.models.load import load_decoder
-from infopt.core.models.record import Recorded, Rows, Unrecordable, record
+from infopt.core.models.record import Recorded, Rows, Size, Unrecordable, record
 from infopt.kernels.attention.cache import new_cache
 from infopt.kernels.attention.paged import plan_attention
 from infopt.kernels.cpu.native import Native, NativeError, load
@@ -86,8 +86,9 @@ def last_tokens(decoder: Decoder, prompts: list[Tensor]) -> StepInputs:
 def recorded(
     native: Native, decoder: Decoder, caches: list[Tensor], capacity: int = 6
 ) -> tuple[Program, Rows, Recorded]:
-    program, rows = Program(native, capacity, 1), Rows.empty(capacity, BLOCKS)
-    result = record(decoder, program, rows, caches)
+    size = Size(rows=capacity, wanted=capacity, alone=capacity, width=BLOCKS)
+    program, rows = Program(native, capacity, 1), Rows.empty(size)
+    result = record(decoder, program, size, rows, caches)
     for buffer in (result.hidden, result.logits):
         buffer.fill_(torch.nan)
     return program, rows, result

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from infopt.core.artifact.read import Artifact
+from infopt.core.layers.choice import NativeChoice
+from infopt.core.models.decoder import Decoder
 from infopt.core.models.load import load_decoder
 from infopt.core.runtime.batch import Span, step_inputs
 from infopt.core.runtime.engine import Engine
@@ -34,15 +36,19 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 @pytest.fixture
 def runners(tiny_reference: tuple[Artifact, Any]) -> tuple[ModelRunner, ModelRunner]:
     """One that replays and one that does not, of the same weights and like caches."""
-    decoder = load_decoder(tiny_reference[0], torch.float32, CPU)
+    packed = load_decoder(tiny_reference[0], torch.float32, CPU, native=NativeChoice(load(), None))
+    return runner_pair(packed, load_decoder(tiny_reference[0], torch.float32, CPU))
+
+
+def runner_pair(replaying: Decoder, ordinary: Decoder) -> tuple[ModelRunner, ModelRunner]:
 
     def cache() -> KVCache:
-        made = KVCache(decoder.config, blocks=80, block_size=4, dtype=torch.float32, device=CPU)
+        made = KVCache(ordinary.config, blocks=80, block_size=4, dtype=torch.float32, device=CPU)
         for layer in made.layers:
             layer.fill_(torch.nan)
         return made
 
-    return ModelRunner.recorded("native", decoder, cache()), ModelRunner(decoder, cache())
+    return ModelRunner.recorded("native", replaying, cache()), ModelRunner(ordinary, cache())
 
 
 def both(runners: Sequence[ModelRunner], spans: list[Span], rows: list[int] | None = None) -> int:
@@ -57,18 +63,46 @@ def both(runners: Sequence[ModelRunner], spans: list[Span], rows: list[int] | No
     return runners[0].replays.count
 
 
-def test_any_mixture_of_few_tokens(runners: tuple[ModelRunner, ModelRunner]) -> None:
+def test_any_mixture_of_tokens(runners: tuple[ModelRunner, ModelRunner]) -> None:
     """Single tokens and chunks, over what was cached before, and ever larger steps."""
     one, two, three = prompt_of(60, 1), prompt_of(60, 2), prompt_of(60, 3)
     a, b, c = range(0, 20), range(20, 40), range(60, 40, -1)
     assert both(runners, [Span(one[:1], 0, a)]) == 1
     assert both(runners, [Span(one[1:2], 1, a), Span(two[:9], 0, b)], [0, 9]) == 2
     assert both(runners, [Span(one[2:3], 2, a), Span(two[9:10], 9, b)]) == 3
-    assert both(runners, [Span(three[:57], 0, c)]) == 3, "too many tokens"
-    spans = [Span(two[10:11], 10, b), Span(three[57:58], 57, c), Span(one[3:33], 3, a)]
-    assert both(runners, spans) == 4 and len(one[3:33]) + 2 == MOST_ROWS
-    assert both(runners, [Span(one[33:35], 33, a)], []) == 5, "nobody samples"
-    assert both(runners, [Span(one[35:36], 35, a)]) == 6
+    assert both(runners, [Span(three[:57], 0, c)], [56]) == 4
+    assert (
+        both(runners, [Span(two[10:11], 10, b), Span(three[57:58], 57, c), Span(one[3:33], 3, a)])
+        == 5
+    )
+    assert both(runners, [Span(one[33:35], 33, a)], []) == 6, "nobody samples"
+    assert both(runners, [Span(one[35:36], 35, a)]) == 7
+    assert (
+        both(runners, [Span(two[11:15], 11, b), Span(one[36:60], 36, a), Span(three[58:60], 58, c)])
+        == 8
+    )
+
+
+def test_weights_that_are_not_packed_are_for_few_tokens(
+    tiny_reference: tuple[Artifact, Any],
+) -> None:
+    decoder = load_decoder(tiny_reference[0], torch.float32, CPU)
+    runners, tokens = runner_pair(decoder, decoder), prompt_of(40)
+    assert both(runners, [Span(tokens[:9], 0, range(20))]) == 0
+    assert both(runners, [Span(tokens[9:17], 9, range(20))]) == 1
+
+
+def test_a_very_large_step_is_not_replayed(
+    runners: tuple[ModelRunner, ModelRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert 512 <= MOST_ROWS <= 4096
+    tokens = prompt_of(60)
+    both(runners, [Span(tokens[:5], 0, range(20))])
+    steps = runners[0].replays._steps
+    assert steps is not None
+    monkeypatch.setattr(steps, "_most", 33)
+    assert both(runners, [Span(tokens[:34], 0, range(20))]) == 1
+    assert both(runners, [Span(tokens[:33], 0, range(20))]) == 2
 
 
 def test_threads_may_change(runners: tuple[ModelRunner, ModelRunner]) -> None:

@@ -297,18 +297,18 @@ struct Group {
 };
 
 template <class Kv>
-static void attend_item(const AttendArgs& a, int64_t row, int64_t number, int64_t kv) {
+static void attend_item(const AttendArgs& a, int64_t row, int64_t alone, int64_t number, int64_t kv) {
     const int64_t group = a.heads / a.kv_heads, size = group * (padded_dim(a.head_dim) + 2);
     const Pieces cut = pieces_of(a.positions[row], a.window);
     if (number >= cut.count) return;
     const int64_t from = cut.first + number * cut.each, last = a.positions[row] + 1;
     const int64_t to = from + cut.each < last ? from + cut.each : last;
-    float* parts = a.parts + (row * a.kv_heads + kv) * a.splits * size;
+    float* parts = a.parts + (alone * a.kv_heads + kv) * a.splits * size;
     float* own = parts + number * size;
     for (int64_t g = 0; g < group; g++) own[g] = -INFINITY;
     std::memset(own + group, 0, (size - group) * 4);
     attend_piece<Kv>(a, row, kv, from, to, own);
-    int32_t* done = a.done + row * a.kv_heads + kv;
+    int32_t* done = a.done + alone * a.kv_heads + kv;
     if (__atomic_add_fetch(done, 1, __ATOMIC_ACQ_REL) == cut.count) {
         join<Kv>(a, row, kv, parts, cut.count, size);
         __atomic_store_n(done, 0, __ATOMIC_RELAXED);
@@ -317,7 +317,7 @@ static void attend_item(const AttendArgs& a, int64_t row, int64_t number, int64_
 
 template <class Kv>
 static void attend_rows(const AttendArgs& a, int64_t part, int64_t parts) {
-    int64_t all = 0, item = 0;
+    int64_t all = 0, item = 0, alone = 0;
     for (int64_t row = 0; row < *a.rows;) {
         const Group rows(a, row);
         all += rows.items(a);
@@ -336,10 +336,11 @@ static void attend_rows(const AttendArgs& a, int64_t part, int64_t parts) {
                 attend_chunk<Kv>(a, {begin, stop < rows.end ? stop : rows.end, kv});
                 continue;
             }
-            attend_item<Kv>(a, rows.begin + rest % count, rest / count, kv);
+            attend_item<Kv>(a, rows.begin + rest % count, alone + rest % count, rest / count, kv);
         }
         item = end;
         row = rows.end;
+        if (!rows.chunk) alone += count;
     }
 }
 
