@@ -1,6 +1,6 @@
 """Native or torch: what each projection of a decoder becomes once it is whole."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
@@ -12,15 +12,21 @@ from infopt.core.hardware.kernel_choices import KernelChoices, load_choices, sto
 from infopt.core.hardware.native import find_native, wanted_kernels
 from infopt.core.hardware.probe import probe
 from infopt.core.layers.fuse import SideBySide
+from infopt.core.layers.int8 import Int8Linear
 from infopt.core.layers.linear import Linear, Projection
-from infopt.core.layers.native import NativeLinear
+from infopt.core.layers.native import NativeGroups, NativeInt8, NativeLinear
+from infopt.core.layers.quantized import QuantizedLinear, in_tiles
 from infopt.core.layers.rounded import RoundedLinear
 from infopt.kernels.cpu.dense import pack_dense, packable
+from infopt.kernels.cpu.groups import pack_groups, packable_groups
+from infopt.kernels.cpu.int8 import INPUTS, Grid, pack_int8
 from infopt.kernels.cpu.native import Native
+from infopt.kernels.gemm.integers import IntegerRows
 
 # A token, and a batch or a piece of a prompt: what is won at one must not be lost at the other.
 _ROWS = (1, 32)
 _RUNS = 3
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(slots=True)
@@ -28,6 +34,8 @@ class NativeChoice:
     """Gives a projection the native form of its weight, where that is possible and not slower."""
 
     native: Native
+    dtype: torch.dtype
+    """Of inputs and results; without native products in float16."""
     measured: KernelChoices | None
     """What was measured so far; None: native wherever it is possible."""
     compare: Callable[[Projection, Projection, int, torch.dtype], bool] = field(
@@ -37,10 +45,14 @@ class NativeChoice:
     """How many shapes were measured anew."""
 
     def settle(self, projection: Projection) -> Projection:
-        """The projection itself, or its native form."""
+        """The projection itself, its native form, or torch's best one."""
         match projection:
             case Linear() if packable(projection.weight):
                 return self._dense(projection)
+            case QuantizedLinear():
+                return self._groups(projection)
+            case Int8Linear() if _roundable(projection):
+                return self._int8(projection)
             case RoundedLinear():
                 return replace(projection, linear=self.settle(projection.linear))
             case SideBySide():
@@ -48,17 +60,38 @@ class NativeChoice:
         return projection
 
     def _dense(self, linear: Linear) -> Projection:
-        bias = None if linear.bias is None else linear.bias.float()
-        native = NativeLinear(self.native, pack_dense(linear.weight), bias)
-        outputs, inputs = linear.weight.shape
-        takes = self._takes(f"dense {outputs}x{inputs}", linear, native, linear.weight)
-        return native if takes else linear
+        native = NativeLinear(self.native, pack_dense(linear.weight), _bias(linear.bias))
+        return native if self._takes("dense", linear, native, linear.weight.shape) else linear
 
-    def _takes(self, key: str, torchs: Projection, native: Projection, like: Tensor) -> bool:
+    def _groups(self, linear: QuantizedLinear) -> Projection:
+        weight = linear.weight
+        torchs = linear if self.dtype != torch.bfloat16 else in_tiles(linear)
+        if not isinstance(weight, IntegerRows) or not packable_groups(
+            weight.bits, weight.inputs, weight.scales.shape[1]
+        ):
+            return torchs
+        codes = weight.codes(slice(0, weight.shape[0]), linear.scratch)
+        packed = pack_groups(codes, weight.scales, weight.zeros, weight.bits)
+        native = NativeGroups(self.native, packed, _bias(linear.bias), linear.columns)
+        form = f"W{weight.bits}A16 g{packed.group}{'' if packed.zeros is None else ' zeros'}"
+        return native if self._takes(form, torchs, native, weight.shape) else torchs
+
+    def _int8(self, linear: Int8Linear) -> Projection:
+        form, fixed = linear.activation, linear.input_scale
+        fixed = None if form.dynamic or fixed is None else fixed.reshape(1).float()
+        grid = Grid(form.largest, 1 << (form.bits - 1), fixed)
+        packed = pack_int8(linear.codes, linear.scales)
+        native = NativeInt8(self.native, packed, grid, _bias(linear.bias))
+        return native if self._takes("W8A8", linear, native, linear.codes.shape) else linear
+
+    def _takes(
+        self, form: str, torchs: Projection, native: Projection, shape: Sequence[int]
+    ) -> bool:
         if self.measured is None:
             return True
+        key = f"{form} {shape[0]}x{shape[1]}"
         if key not in self.measured.chosen:
-            faster = self.compare(torchs, native, like.shape[1], like.dtype)
+            faster = self.compare(torchs, native, shape[1], self.dtype)
             chosen = {**self.measured.chosen, key: "native" if faster else "torch"}
             self.measured = self.measured.model_copy(update={"chosen": chosen})
             self.found += 1
@@ -73,6 +106,15 @@ class NativeChoice:
                 return
 
 
+def _bias(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float().contiguous()
+
+
+def _roundable(linear: Int8Linear) -> bool:
+    """Outliers are torch's to sum."""
+    return linear.activation.outlier_threshold is None and linear.codes.shape[1] <= INPUTS
+
+
 def native_choice(
     word: str, device: torch.device, dtype: torch.dtype, *, deterministic: bool
 ) -> NativeChoice | None:
@@ -80,14 +122,14 @@ def native_choice(
 
     A deterministic engine never depends on what was measured. Raises as `find_native`.
     """
-    if device.type != "cpu" or (native := find_native(word)) is None:
+    if device.type != "cpu" or dtype not in _DTYPES or (native := find_native(word)) is None:
         return None
     if wanted_kernels(word) == "native" or deterministic:
-        return NativeChoice(native, None)
+        return NativeChoice(native, dtype, None)
     versions = f"torch {torch.__version__}, native {native.isa} {native.build}"
     name = str(dtype).removeprefix("torch.")
     known = load_choices(probe().cpu, name, torch.get_num_threads(), versions)
-    return NativeChoice(native, known)
+    return NativeChoice(native, dtype, known)
 
 
 def native_is_faster(

@@ -354,6 +354,7 @@ class _Loader:
             device=self.device,
             scratch=self.scratch,
             fixed=self.fixed,
+            by_rows=self.native is not None,
         )
         if packed is not None:
             return packed

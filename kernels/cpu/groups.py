@@ -20,6 +20,7 @@ BITS = (2, 3, 4, 8)
 BLOCK = 32
 """Inputs whose codes lie together: what a group's size must be a multiple of."""
 _TILE = 16
+_ELEMENTS = 1 << 20
 
 
 class GroupsArgs(ctypes.Structure):
@@ -126,16 +127,22 @@ def _by_panel(rows: Tensor) -> Tensor:
 
 
 def _pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """[N, K] -> `GroupPanels.codes`."""
-    # panels, tiles, outputs, blocks, pairs, even or odd -> panels, blocks, tiles, pairs, words
-    apart_ = codes.view(-1, 2, _TILE, codes.shape[1] // BLOCK, BLOCK // 2, 2)
-    pairs = apart_.permute(0, 3, 1, 4, 2, 5).to(torch.int32)
-    if bits != 3:
-        words = _fields(pairs, bits)
-    else:
-        words = torch.cat((_fields(pairs & 3, 2), _fields(pairs >> 2, 1)), dim=3)
-    # As 16 bits, whatever their sign.
-    return ((words ^ 0x8000) - 0x8000).to(torch.int16).contiguous()
+    """[N, K] -> `GroupPanels.codes`, some panels at a time: what lies between is larger."""
+    count, blocks = codes.shape[0] // PANEL, codes.shape[1] // BLOCK
+    packed = torch.empty(count, blocks, 2, bits, _TILE, 2, dtype=torch.int16)
+    step = max(1, _ELEMENTS // (PANEL * codes.shape[1]))
+    for start in range(0, count, step):
+        rows = codes[start * PANEL : (start + step) * PANEL]
+        # panels, tiles, outputs, blocks, pairs, even or odd -> panels, blocks, tiles, pairs, words
+        split = rows.view(-1, 2, _TILE, blocks, BLOCK // 2, 2)
+        pairs = split.permute(0, 3, 1, 4, 2, 5).to(torch.int32)
+        if bits != 3:
+            words = _fields(pairs, bits)
+        else:
+            words = torch.cat((_fields(pairs & 3, 2), _fields(pairs >> 2, 1)), dim=3)
+        # As 16 bits, whatever their sign.
+        packed[start : start + step] = (words ^ 0x8000) - 0x8000
+    return packed
 
 
 def _fields(pairs: Tensor, width: int) -> Tensor:

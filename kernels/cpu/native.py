@@ -23,8 +23,9 @@ class NoLibraryError(NativeError):
 
 
 class Call(ctypes.Structure):
-    """One op to run: pool.h's `Call`. Keeps nothing alive: what it points to must outlive it."""
+    """One op to run: pool.h's `Call`. Tensors that its arguments point to must outlive it."""
 
+    held: object = None
     _fields_ = (("op", c_void_p), ("args", c_void_p), ("parts", c_int64))
 
 
@@ -72,13 +73,17 @@ class Native:
 
 
 def call(op: int, args: ctypes.Structure, parts: int) -> Call:
-    """A call of `op`, its work cut into `parts`; `args` must outlive it."""
-    return Call(op, ctypes.addressof(args), parts)
+    """A call of `op`, its work cut into `parts`."""
+    made = Call(op, ctypes.addressof(args), parts)
+    made.held = args
+    return made
 
 
 def in_order(calls: Sequence[Call]) -> "ctypes.Array[Call]":
     """Calls as `Native.run` takes them."""
-    return (Call * len(calls))(*calls)
+    array = (Call * len(calls))(*calls)
+    array.held = calls  # type: ignore[attr-defined]
+    return array
 
 
 def threads_at_hand() -> int:

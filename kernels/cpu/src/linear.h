@@ -73,4 +73,34 @@ struct GroupSumsArgs {
     std::int32_t x_type;
 };
 
+// quantize_rows: each row of x on a grid of integers, as bytes step + 128, and its scale: the
+// largest magnitude / `largest`, or `fixed`; 1 where all is zero. A step is x / scale, rounded to
+// the nearest, ties to even, within [-top, top - 1]. Of a row that is not finite the scale is NaN.
+struct QuantizeArgs {
+    const void* x;       // [m, k], of x_type, rows x_stride apart
+    std::uint8_t* steps; // [m, k] and up to 3 more that hold anything, rows steps_stride apart
+    float* scales;       // [m]
+    const float* fixed;  // one scale for all, or null
+    const std::int64_t* rows;
+    std::int64_t m, k, x_stride, steps_stride;
+    float largest;
+    std::int32_t top, x_type;
+};
+
+// linear_int8: weights int8 [ceil(n / 32), ceil(k / 4), 32, 4], zeros where there are too many;
+// y = (sum over inputs of step * code) * scale of the output * scale of the row + bias. Sums are
+// exact: k is at most 65536.
+struct Int8Args {
+    const void* x;           // what quantize_rows made, rows x_stride apart
+    const float* x_scales;   // [m]
+    const void* weight;
+    const float* scales;     // [n]
+    const std::int32_t* ends; // [n]: 128 * the sum of an output's codes
+    const float* bias;       // [n], or null
+    void* y;                 // [m, n], of y_type, rows y_stride apart
+    const std::int64_t* rows;
+    std::int64_t m, n, k, x_stride, y_stride;
+    std::int32_t y_type, adds;
+};
+
 }  // namespace infopt

@@ -18,9 +18,6 @@ constexpr int kMost = 4;
 #endif
 // How far ahead weights are fetched, in bytes.
 constexpr std::int64_t kAhead = 4096;
-// Inputs that are summed at a time where there are many rows: so much of a panel and of a chunk of
-// rows stays near. Sums in between are kept in float32, as they are in registers.
-constexpr std::int64_t kSlice = 512;
 // Rows, and bytes of them, that stay in the second-level cache while panel after panel meets them.
 constexpr std::int64_t kBlockRows = 20 * kMost;
 constexpr std::int64_t kBlockBytes = 512 * 1024;
@@ -124,13 +121,12 @@ struct BFloat16 {
     }
 };
 
-// Writes one row's outputs of a panel, `V` vectors of them from output `at` on.
-template <int V, class Args>
+// Writes one row's outputs of a panel, from output `at` on.
+template <class Args>
 static inline void put(const Args& args, std::int64_t row, std::int64_t at, const vf* sums) {
-    alignas(64) float values[V * kLanes];
-    const std::int64_t count = args.n - at < V * kLanes ? args.n - at : V * kLanes;
-    if (count <= 0) return;
-    for (int v = 0; v < V; ++v) store(values + v * kLanes, sums[v]);
+    alignas(64) float values[kPanel];
+    const std::int64_t count = args.n - at < kPanel ? args.n - at : kPanel;
+    for (int v = 0; v < kVectors; ++v) store(values + v * kLanes, sums[v]);
     if (args.bias != nullptr)
         for (std::int64_t i = 0; i < count; ++i) values[i] += args.bias[at + i];
     if (args.y_type == kFloat32) {
@@ -140,8 +136,8 @@ static inline void put(const Args& args, std::int64_t row, std::int64_t at, cons
         std::memcpy(y, values, sizeof(float) * count);
         return;
     }
-    alignas(64) bf16 rounded[V * kLanes];
-    for (int v = 0; v < V; ++v) store(rounded + v * kLanes, narrow(load<vf>(values + v * kLanes)));
+    alignas(64) bf16 rounded[kPanel];
+    for (int v = 0; v < kVectors; ++v) store(rounded + v * kLanes, narrow(load<vf>(values + v * kLanes)));
     std::memcpy(static_cast<bf16*>(args.y) + row * args.y_stride + at, rounded, sizeof(bf16) * count);
 }
 

@@ -1,43 +1,13 @@
 // Products with dense weights in float32 and bfloat16, and rows of such weights.
-#include "../panels.h"
+#include "../units.h"
 
 namespace infopt {
 namespace INFOPT_ISA {
 
-// A slice of the inputs of a product, and the sums of the slices before, by row of its block.
-struct Slice {
-    std::int64_t begin, end;
-    float (*kept)[kPanel];
-};
-
-// Sums of a chunk of R rows and V vectors of a panel: begun, gone on with, and ended.
-template <int R, int V>
-struct Sums {
-    vf at[R][V];
-
-    Sums(const Slice& slice, std::int64_t row, int first) {
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v)
-                at[r][v] = slice.begin == 0 ? vf{} : load<vf>(slice.kept[row + r] + (first + v) * kLanes);
-    }
-
-    void end(const DenseArgs& args, const Slice& slice, std::int64_t row0, std::int64_t row,
-             std::int64_t panel, int first) {
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) {
-            if (slice.end < args.k) {
-                for (int v = 0; v < V; ++v) store(slice.kept[row + r] + (first + v) * kLanes, at[r][v]);
-                continue;
-            }
-            put<V>(args, row0 + row + r, panel * kPanel + first * kLanes, at[r]);
-        }
-    }
-};
-
 // Row by row, so that an input is in a register for no longer than it takes.
 struct DenseFloat32 : Float32 {
-    static constexpr std::int64_t kStep = 1;
+    using Vector = vf;
+    static constexpr std::int64_t kInputs = 1;
 
     template <int R, int V>
     static inline void add(vf (&sums)[R][V], const char* w, const RowAddresses<R>& x, std::int64_t offset) {
@@ -49,10 +19,15 @@ struct DenseFloat32 : Float32 {
             for (int v = 0; v < V; ++v) sums[r][v] += weights[v] * input;
         }
     }
+
+    static inline void finish(const DenseArgs& args, std::int64_t row, std::int64_t at, const vf* sums) {
+        put(args, row, at, sums);
+    }
 };
 
 struct DenseBFloat16 : BFloat16 {
-    static constexpr std::int64_t kStep = 2;
+    using Vector = vf;
+    static constexpr std::int64_t kInputs = 2;
 
     template <int R, int V>
     static inline void add(vf (&sums)[R][V], const char* w, const RowAddresses<R>& x, std::int64_t offset) {
@@ -84,40 +59,15 @@ struct DenseBFloat16 : BFloat16 {
         }
 #endif
     }
+
+    static inline void finish(const DenseArgs& args, std::int64_t row, std::int64_t at, const vf* sums) {
+        put(args, row, at, sums);
+    }
 };
 
-// A unit of a panel's row is 4 bytes: one number of float32, two inputs' of bfloat16.
-template <class T, int R, int V>
-static inline void chunk(const DenseArgs& args, const Slice& slice, std::int64_t row0, std::int64_t row,
-                         std::int64_t panel, int first) {
-    const std::int64_t stride = args.x_stride * T::kSize;
-    const RowAddresses<R> x(static_cast<const char*>(args.x) + (row0 + row) * stride, stride);
-    const char* w = static_cast<const char*>(args.weight) +
-                    ((panel * args.k + slice.begin) / T::kStep * kPanel + first * kLanes) * 4;
-    Sums<R, V> sums(slice, row, first);
-    for (std::int64_t k = slice.begin; k < slice.end; k += T::kStep, w += kPanel * 4) {
-        for (int v = 0; v < V * kLanes / 16; ++v) prefetch(w + v * 64 + kAhead);
-        T::add(sums.at, w, x, k * T::kSize);
-    }
-    sums.end(args, slice, row0, row, panel, first);
-}
-
-template <class T>
+template <class Form>
 static void linear(const void* raw, std::int64_t part, std::int64_t parts) {
-    const DenseArgs& args = *static_cast<const DenseArgs*>(raw);
-    const auto product = [&](std::int64_t panel, std::int64_t row0, std::int64_t rows) {
-        if (rows == 1) return chunk<T, 1, kVectors>(args, {0, args.k, nullptr}, row0, 0, panel, 0);
-        alignas(64) float kept[kBlockRows][kPanel];
-        const std::int64_t step = rows <= kMost ? args.k : kSlice;
-        for (std::int64_t k = 0; k < args.k; k += step) {
-            const Slice slice{k, k + step < args.k ? k + step : args.k, kept};
-            for_chunks(0, rows, [&](auto count, std::int64_t row) {
-                for (int v = 0; v < kVectors; v += kWide)
-                    chunk<T, decltype(count)::value, kWide>(args, slice, row0, row, panel, v);
-            });
-        }
-    };
-    for_panels(rows_of(args), args.n, args.k * T::kSize, part, parts, product);
+    by_units<Form>(*static_cast<const DenseArgs*>(raw), part, parts);
 }
 
 // A row is every 32nd unit of a panel: one number in float32, a pair of them in bfloat16.

@@ -6,6 +6,8 @@ namespace INFOPT_ISA {
 
 constexpr std::int64_t kBlock = 32;
 constexpr int kPairs = 16;
+// Inputs that are summed at a time where there are many rows.
+constexpr std::int64_t kSlice = 512;
 
 // A chunk of rows, a slice of whole groups, and the sums of all rows of the block.
 struct Place {
@@ -237,7 +239,7 @@ static inline void panel_of(const GroupsArgs& args, const Tables<Bits>& tables, 
     for (std::int64_t row = 0; row < rows; ++row) {
         vf whole[kVectors];
         for (int v = 0; v < kVectors; ++v) whole[v] = load<vf>(sums[row] + v * kLanes);
-        put<kVectors>(args, row0 + row, panel * kPanel, whole);
+        put(args, row0 + row, panel * kPanel, whole);
     }
 }
 
