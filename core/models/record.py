@@ -6,6 +6,7 @@ buffer that the op will fill; views of it are tensors as ever.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from infopt.core.layers.attention import Attention
 from infopt.core.layers.embedding import Embedding, Table
+from infopt.core.layers.fuse import SideBySide
 from infopt.core.layers.linear import Linear, Projection
-from infopt.core.layers.native import NativeEmbedding, NativeLinear
+from infopt.core.layers.native import NativeEmbedding, NativeGroups, NativeInt8, NativeLinear
 from infopt.core.layers.norm import LayerNorm, Norm, RMSNorm
 from infopt.core.models.config import Activation
 from infopt.core.models.decoder import Decoder, DecoderLayer
@@ -25,6 +27,7 @@ from infopt.kernels.cpu.attention import Heads, Scores, Scratch
 from infopt.kernels.cpu.program import KINDS, Count, Program
 
 Part = Callable[[Tensor], Tensor]
+Product = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Unrecordable(Exception):
@@ -225,22 +228,43 @@ class _Recorder:
                 raise Unrecordable(f"its {label} are held as {type(part).__name__}")
 
     def projection(self, part: Projection | None, label: str) -> Any:
+        if part is None:
+            return None
+        parts = part.parts if isinstance(part, SideBySide) else (part,)
+        products = [self.product(each, label) for each in parts]
+
+        def project(x: Tensor) -> Tensor:
+            program = self._label(label)
+            if len(products) == 1:
+                return products[0][1](x, None)
+            ends = list(accumulate(width for width, _ in products))
+            y = program.buffer(ends[-1])
+            for (width, product), end in zip(products, ends, strict=True):
+                product(x, y[:, end - width : end])
+            return y
+
+        return project
+
+    def product(self, part: Projection, label: str) -> tuple[int, Product]:
+        """How many outputs there are, and what appends them, into columns of a buffer or not."""
+        program, dtype = self.program, self.decoder.dtype
         match part:
-            case None:
-                return None
-            case NativeLinear(weight=panels, bias=bias):
+            case NativeLinear(weight=dense, bias=bias):
+                return dense.outputs, lambda x, y: packed.dense(program, x, dense, bias, y)
+            case NativeGroups(weight=groups, bias=bias, columns=order):
 
-                def product(x: Tensor) -> Tensor:
-                    return packed.dense(self._label(label), x, panels, bias)
+                def product(x: Tensor, y: Tensor | None) -> Tensor:
+                    x = x if order is None else packed.columns(program, x, order)
+                    return packed.groups(program, x, groups, bias, y, dtype=dtype)
 
-                return product
+                return groups.outputs, product
+            case NativeInt8(weight=codes, grid=grid, bias=bias):
+                outputs = codes.shape[0]
+                return outputs, lambda x, y: packed.int8(program, x, codes, grid, bias, y)
             case Linear(weight=weight, bias=bias, fixed=False) if unpacked.takes(weight):
                 self.packed = False
-
-                def linear(x: Tensor) -> Tensor:
-                    return unpacked.unpacked(self._label(label), x, weight, bias)
-
-                return linear
+                outputs = weight.shape[0]
+                return outputs, lambda x, y: unpacked.unpacked(program, x, weight, bias, y)
             case _:
                 raise Unrecordable(f"its {label} is held as {type(part).__name__}")
 

@@ -13,8 +13,8 @@ from infopt.kernels.cpu.program import KINDS, Program
 class UnpackedArgs(ctypes.Structure):
     _fields_ = (
         ("rows", c_void_p), ("x", c_void_p), ("weight", c_void_p), ("bias", c_void_p),
-        ("y", c_void_p), ("inputs", c_int64), ("outputs", c_int64), ("kind", c_int32),
-        ("by_input", c_int32),
+        ("y", c_void_p), ("inputs", c_int64), ("outputs", c_int64), ("y_stride", c_int64),
+        ("kind", c_int32), ("by_input", c_int32),
     )  # fmt: skip
 
 
@@ -23,14 +23,23 @@ def unpacked_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
 
 
-def unpacked(program: Program, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As `unpacked_reference`; the weight is float32 or bfloat16, stored by output or by input."""
+def unpacked(
+    program: Program,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    into: Tensor | None = None,
+) -> Tensor:
+    """As `unpacked_reference`, into columns of a buffer or one of its own.
+
+    The weight is float32 or bfloat16, stored by output or by input.
+    """
     outputs, inputs = weight.shape
     by_input = not weight.is_contiguous()
     assert (
         x.is_contiguous() and x.shape[1] == inputs and (not by_input or weight.t().is_contiguous())
     )
-    y = program.buffer(outputs)
+    y = program.buffer(outputs) if into is None else into
     program.append(
         "unpacked",
         UnpackedArgs,
@@ -43,6 +52,7 @@ def unpacked(program: Program, x: Tensor, weight: Tensor, bias: Tensor | None) -
         {
             "inputs": inputs,
             "outputs": outputs,
+            "y_stride": y.stride(0),
             "kind": KINDS[weight.dtype],
             "by_input": by_input,
         },

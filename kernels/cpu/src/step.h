@@ -42,6 +42,15 @@ struct RoundArgs {
     int64_t rounded_stride, width;
 };
 
+struct ColumnsArgs {
+    const int64_t* rows;
+    const float* x;  // [rows, width]
+    const int32_t* columns;
+    float* out;      // [rows, width], the columns in this order
+    bf16* rounded;   // a copy of it, or null; rows rounded_stride apart
+    int64_t rounded_stride, width;
+};
+
 struct NormArgs {
     const int64_t* rows;
     float* x;             // [rows, width]; `added` is added to it first
@@ -123,8 +132,8 @@ struct UnpackedArgs {
     const float* x;      // [rows, inputs]
     const void* weight;  // [outputs, inputs], or [inputs, outputs]
     const float* bias;   // or null
-    float* y;            // [rows, outputs]
-    int64_t inputs, outputs;
+    float* y;            // [rows, outputs], rows y_stride apart
+    int64_t inputs, outputs, y_stride;
     int32_t kind;
     int32_t by_input;  // the latter
 };

@@ -10,12 +10,17 @@ from torch import Tensor
 
 from infopt.core.artifact.read import Artifact
 from infopt.core.layers.choice import NativeChoice
+from infopt.core.layers.fuse import SideBySide
 from infopt.core.layers.linear import Linear
+from infopt.core.layers.native import NativeGroups, NativeInt8
 from infopt.core.models.decoder import Decoder, StepInputs
 from infopt.core.models.load import load_decoder
+from infopt.core.models.mlp import GatedMLP
 from infopt.core.models.record import Recorded, Rows, Size, Unrecordable, record
 from infopt.kernels.attention.cache import new_cache
 from infopt.kernels.attention.paged import plan_attention
+from infopt.kernels.cpu.groups import pack_groups
+from infopt.kernels.cpu.int8 import Grid, pack_int8
 from infopt.kernels.cpu.native import Native, NativeError, load
 from infopt.kernels.cpu.program import Program
 
@@ -120,7 +125,7 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 def test_in_float32_a_recorded_step_is_the_ordinary_one(
     kind: str, packs: bool, tiny: Tiny, native: Native
 ) -> None:
-    packing = NativeChoice(native, None) if packs else None
+    packing = NativeChoice(native, torch.float32, None) if packs else None
     decoder = load_decoder(tiny(kind)[0], torch.float32, CPU, native=packing)
     prompts = prompts_of()
     with torch.inference_mode(False):
@@ -147,7 +152,7 @@ def test_in_bfloat16_it_is_no_farther_from_the_truth(
     kind: str, kept: torch.dtype, packs: bool, tiny: Tiny, native: Native
 ) -> None:
     artifact, prompts = tiny(kind)[0], prompts_of()
-    packing = NativeChoice(native, None) if packs else None
+    packing = NativeChoice(native, torch.bfloat16, None) if packs else None
     decoder = load_decoder(artifact, torch.bfloat16, CPU, native=packing)
     with torch.inference_mode(False):
         caches = prefilled(decoder, prompts, kept)
@@ -162,6 +167,56 @@ def test_in_bfloat16_it_is_no_farther_from_the_truth(
     )
     assert distance(result.logits[:4], truth) < 1.3 * distance(theirs, truth) + 2e-3
     assert distance(result.logits[:4], theirs) < 3e-2
+
+
+def in_groups(native: Native, size: tuple[int, int], zeros: bool, order: bool) -> NativeGroups:
+    """A projection of 4 bits, in groups of 32 inputs."""
+    outputs, inputs = size
+    codes = torch.randint(16, size, dtype=torch.uint8)
+    scales = torch.rand(outputs, inputs // 32) / (4 * inputs**0.5)
+    middle = torch.randint(6, 10, scales.shape, dtype=torch.uint8) if zeros else 8
+    columns = torch.randperm(inputs, dtype=torch.int32) if order else None
+    bias = torch.randn(outputs) / 4 if order else None
+    return NativeGroups(native, pack_groups(codes, scales, middle, 4), bias, columns)
+
+
+def in_int8(native: Native, size: tuple[int, int], fixed: bool) -> NativeInt8:
+    codes = torch.randint(-128, 128, size, dtype=torch.int8)
+    scales = torch.rand(size[0]) / (64 * size[1] ** 0.5)
+    grid = Grid(127.0, 128, torch.tensor([0.05]) if fixed else None)
+    return NativeInt8(native, pack_int8(codes, scales), grid)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_of_integers(dtype: torch.dtype, tiny: Tiny, native: Native) -> None:
+    """Of every form in one decoder, some side by side."""
+    decoder, prompts = load_decoder(tiny("llama")[0], dtype, CPU), prompts_of()
+    first, second = decoder.layers
+    gates = in_groups(native, (96, 64), True, False), in_int8(native, (96, 64), False)
+    assert isinstance(first.mlp, GatedMLP) and isinstance(second.mlp, GatedMLP)
+    first = replace(
+        first,
+        attention=replace(first.attention, qkv=in_groups(native, (128, 64), False, True)),
+        mlp=replace(first.mlp, gate_up=SideBySide(gates)),
+    )
+    second = replace(
+        second,
+        attention=replace(second.attention, output=in_int8(native, (64, 64), True)),
+        mlp=replace(second.mlp, down=in_groups(native, (64, 96), True, True)),
+    )
+    decoder = replace(decoder, layers=(first, second))
+    with torch.inference_mode(False):
+        caches = prefilled(decoder, prompts, dtype)
+        program, rows, result = recorded(native, decoder, caches)
+    inputs = last_tokens(decoder, prompts)
+    wanted = decoder.logits(decoder(inputs, [cache.clone() for cache in caches]))
+    replay(program, rows, result, inputs)
+    if dtype == torch.float32:
+        assert float((result.logits[:4] - wanted).abs().max()) < 1e-4
+    else:
+        assert distance(result.logits[:4], wanted) < 3e-2
+    assert float(wanted.float().std()) > 0.01, "the layers say something"
 
 
 @torch.inference_mode()

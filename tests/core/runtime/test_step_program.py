@@ -36,7 +36,9 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 @pytest.fixture
 def runners(tiny_reference: tuple[Artifact, Any]) -> tuple[ModelRunner, ModelRunner]:
     """One that replays and one that does not, of the same weights and like caches."""
-    packed = load_decoder(tiny_reference[0], torch.float32, CPU, native=NativeChoice(load(), None))
+    packed = load_decoder(
+        tiny_reference[0], torch.float32, CPU, native=NativeChoice(load(), torch.float32, None)
+    )
     return runner_pair(packed, load_decoder(tiny_reference[0], torch.float32, CPU))
 
 

@@ -26,6 +26,16 @@ static void round(const void* given, int64_t part, int64_t parts) {
         round_row(a.x + r * a.width, a.rounded + r * a.rounded_stride, a.width);
 }
 
+static void columns(const void* given, int64_t part, int64_t parts) {
+    const ColumnsArgs& a = *static_cast<const ColumnsArgs*>(given);
+    const Share own(*a.rows, 1, part, parts);
+    for (int64_t r = own.begin; r < own.end; r++) {
+        float* out = a.out + r * a.width;
+        for (int64_t i = 0; i < a.width; i++) out[i] = a.x[r * a.width + a.columns[i]];
+        if (a.rounded) round_row(out, a.rounded + r * a.rounded_stride, a.width);
+    }
+}
+
 static void add(const void* given, int64_t part, int64_t parts) {
     const AddArgs &a = *static_cast<const AddArgs*>(given);
     const Share own(*a.rows, 1, part, parts);
@@ -227,6 +237,7 @@ static void cap(const void* given, int64_t part, int64_t parts) {
 extern const Entry elementwise_ops[] = {
     {"embed", embed, sizeof(EmbedArgs)},
     {"round", round, sizeof(RoundArgs)},
+    {"columns", columns, sizeof(ColumnsArgs)},
     {"norm", norm, sizeof(NormArgs)},
     {"add", add, sizeof(AddArgs)},
     {"angles", angles, sizeof(AnglesArgs)},

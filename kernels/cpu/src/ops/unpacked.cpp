@@ -34,7 +34,7 @@ static inline void rows_of(const UnpackedArgs& a, int64_t row, int64_t output) {
             float found = sum(total[m][n]);
             for (int64_t i = k; i < a.inputs; i++)
                 found += number(w[n * a.inputs + i]) * x[m * a.inputs + i];
-            a.y[(row + m) * a.outputs + output + n] = a.bias ? found + a.bias[output + n] : found;
+            a.y[(row + m) * a.y_stride + output + n] = a.bias ? found + a.bias[output + n] : found;
         }
 }
 
@@ -56,7 +56,7 @@ static inline void columns_of(const UnpackedArgs& a, int64_t row, int64_t output
         for (int n = 0; n < N; n++) {
             const int64_t at = output + n * W;
             const vf bias = a.bias ? load<vf>(a.bias + at) : vf{};
-            store(a.y + (row + m) * a.outputs + at, total[m][n] + bias);
+            store(a.y + (row + m) * a.y_stride + at, total[m][n] + bias);
         }
 }
 
@@ -66,7 +66,7 @@ static inline void column_of(const UnpackedArgs& a, int64_t row, int64_t output)
     float found = 0;
     for (int64_t k = 0; k < a.inputs; k++)
         found += number(w[k * a.outputs]) * a.x[row * a.inputs + k];
-    a.y[row * a.outputs + output] = a.bias ? found + a.bias[output] : found;
+    a.y[row * a.y_stride + output] = a.bias ? found + a.bias[output] : found;
 }
 
 template <class T, int M>
