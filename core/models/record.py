@@ -7,12 +7,12 @@ buffer that the op will fill; views of it are tensors as ever.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from infopt.core.layers.attention import Attention
+from infopt.core.layers.attention import Attending, Attention
 from infopt.core.layers.embedding import Embedding, Table
 from infopt.core.layers.fuse import SideBySide
 from infopt.core.layers.linear import Linear, Projection
@@ -102,6 +102,19 @@ def record(
     return Recorded(hidden, twin.logits(chosen), wanted, recorder.packed)
 
 
+@dataclass(frozen=True, slots=True)
+class _Numbered:
+    """A layer that says which it is, so that what its calls take can be told."""
+
+    number: int
+    layer: DecoderLayer
+    program: Program
+
+    def __call__(self, x: Tensor, inputs: Attending, cache: Tensor) -> Tensor:
+        self.program.layer = self.number
+        return self.layer(x, inputs, cache)
+
+
 class _Recorder:
     """The parts that append; and what all layers' attention is handed (`Attending`)."""
 
@@ -140,7 +153,10 @@ class _Recorder:
         return replace(
             decoder,
             embedding=self.table(decoder.embedding, "embedding"),
-            layers=tuple(self.layer(layer) for layer in decoder.layers),
+            layers=tuple(
+                cast(DecoderLayer, _Numbered(n, self.layer(layer), program))
+                for n, layer in enumerate(decoder.layers)
+            ),
             norm=self.norm(decoder.norm),
             head=self.projection(decoder.head, "lm_head"),
             positions=None
@@ -193,6 +209,7 @@ class _Recorder:
     def choose(self, hidden: Tensor) -> tuple[Tensor, Count]:
         """The wanted rows, and how many they are: all that is appended from here on is of those."""
         program = self._label("chosen")
+        program.layer = None
         program.count = wanted = Count(self.size.wanted)
         return elementwise.embed(program, self.rows.wanted, hidden), wanted
 

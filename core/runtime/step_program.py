@@ -4,8 +4,9 @@ On a CPU a program is a native list of calls. A step that wants logits and nothi
 where there is a program; all others are computed part by part.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from typing import Protocol
 
 import numpy as np
@@ -42,6 +43,24 @@ class StepProgram(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Seconds of one step's parts."""
+
+    operators: dict[str, float]
+    layers: tuple[float, ...]
+
+
+# What a profile calls that which has another label.
+_OPERATORS = {
+    "positions": "embedding",
+    "embedding, scaled": "embedding",
+    "project_in": "projections",
+    "project_out": "projections",
+    "chosen": "lm_head",
+}
+
+
 class NativeStep:
     """A `StepProgram` on a CPU."""
 
@@ -73,10 +92,16 @@ class NativeStep:
         self._program.run()
         return self._result.logits[:count]
 
-    def times(self, inputs: StepInputs, wanted: Tensor | None = None) -> dict[str, float]:
-        """Seconds by operator of one replay, its calls made one by one."""
+    def times(self, inputs: StepInputs, wanted: Tensor | None = None) -> StepTimes:
+        """What one replay takes, its calls made one by one."""
         self._fill(inputs, wanted)
-        return self._program.times()
+        operators: dict[str, float] = defaultdict(float)
+        layers: dict[int, float] = defaultdict(float)
+        for (label, layer), seconds in self._program.times().items():
+            operators[_OPERATORS.get(label, label)] += seconds
+            if layer is not None:
+                layers[layer] += seconds
+        return StepTimes(dict(operators), tuple(layers[n] for n in sorted(layers)))
 
     def _fill(self, inputs: StepInputs, wanted: Tensor | None) -> int:
         """Set what the calls read; returns of how many rows there will be logits."""

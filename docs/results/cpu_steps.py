@@ -90,7 +90,7 @@ def measure(
         program = replaying.replays.program
         assert program is not None
         inputs = step_inputs(spans, block_size=BLOCK, dtype=torch.float32, device=CPU)
-        split = program.times(inputs)
+        split = program.times(inputs).operators
         if number >= 2:
             speeds.append(speed)
             operators.append(split)

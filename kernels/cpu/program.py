@@ -52,11 +52,13 @@ class Program:
         self._calls: list[Call] = []
         self._makers: dict[int, ctypes.Structure] = {}
         """By a buffer's address, the arguments of the op that was the last to fill it."""
-        self._labels: list[str] = []
+        self._labels: list[tuple[str, int | None]] = []
         self._kept: list[Any] = []
         self._ready: ctypes.Array[Call] | None = None
         self.label = ""
         """What calls are for that are appended from here on."""
+        self.layer: int | None = None
+        """Of which layer they are."""
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     @property
@@ -111,7 +113,7 @@ class Program:
         if out is not None:
             self._makers[out.data_ptr()] = args
         self._calls.append(call(self._native.op(name, kind), args, parts))
-        self._labels.append(self.label or name)
+        self._labels.append((self.label or name, self.layer))
         self._ready = None
 
     def parts(self, numbers: int) -> int:
@@ -150,9 +152,11 @@ class Program:
             self._ready = in_order(self._calls)
         self._native.run(self._ready, self.threads)
 
-    def times(self, clock: Callable[[], float] = perf_counter) -> dict[str, float]:
-        """Seconds by label of one run, call by call: a little more than `run` takes."""
-        found: dict[str, float] = {}
+    def times(
+        self, clock: Callable[[], float] = perf_counter
+    ) -> dict[tuple[str, int | None], float]:
+        """Seconds by label and layer of one run, call by call: a little more than `run` takes."""
+        found: dict[tuple[str, int | None], float] = {}
         for label, each in zip(self._labels, self._calls, strict=True):
             began = clock()
             self._native.run_one(each, self.threads)

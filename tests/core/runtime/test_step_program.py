@@ -124,7 +124,9 @@ def test_within_inference_mode_and_out_of_it(runners: tuple[ModelRunner, ModelRu
     inputs = step_inputs([Span([5], 5, [1, 2])], block_size=4, dtype=torch.float32, device=CPU)
     program = runners[0].replays.program
     assert program is not None
-    assert sum(program.times(inputs).values()) > 0
+    times = program.times(inputs)
+    assert min(times.operators.values()) > 0 and len(times.layers) == 2
+    assert sum(times.layers) < sum(times.operators.values())
 
 
 def finish(engine: Engine, count: int) -> list[list[int]]:
