@@ -10,6 +10,7 @@ namespace INFOPT_ISA {
 
 constexpr int64_t TOKENS = 256;  // of one softmax
 constexpr int64_t MOST_PIECES = 64;
+constexpr int64_t AHEAD = 64;  // tokens whose keys are fetched before they are needed
 
 struct Pieces {
     int64_t first, count, each;
@@ -111,16 +112,19 @@ static inline void find_rows(const AttendArgs& a, int64_t row, int64_t kv, int64
     }
 }
 
-// s[g][t] = q[g] . keys[t] for G heads; keys and s are padded to a multiple of W tokens.
+// s[g][t] = q[g] . keys[t] for G heads; keys are padded by AHEAD tokens, s to a multiple of W.
+// Values are fetched on the way: they are needed next.
 template <class Kv, int G>
-static inline void dot(const float* q, int64_t stride, const char* const* keys, int64_t tokens,
-                       int64_t n, float* s) {
+static inline void dot(const float* q, int64_t stride, const char* const* keys, int64_t to_values,
+                       int64_t tokens, int64_t n, float* s) {
     for (int64_t t = 0; t < tokens; t += W) {
         vf held[G][W];
         for (int j = 0; j < W; j++) {
             const char* row = keys[t + j];
-            for (int64_t b = 0; b < n * (int64_t)sizeof(typename Kv::T); b += 64)
-                __builtin_prefetch(keys[t + j + W] + b);
+            for (int64_t b = 0; b < n * (int64_t)sizeof(typename Kv::T); b += 64) {
+                __builtin_prefetch(keys[t + j + AHEAD] + b);
+                __builtin_prefetch(row + to_values + b);
+            }
             vf total[G] = {};
             for (int64_t i = 0; i < n; i += 2 * W) {
                 vf a, b;
@@ -150,9 +154,6 @@ static inline void mix(const float* p, const char* const* values, int64_t tokens
             pair_of<Kv>(values[t], i, n, v[0], v[1]);
             if constexpr (WIDE == 2)
                 if (both) pair_of<Kv>(values[t], i + 2 * W, n, v[2], v[3]);
-            if (i == 0)
-                for (int64_t b = 0; b < n * (int64_t)sizeof(typename Kv::T); b += 64)
-                    __builtin_prefetch(values[t + W] + b);
             for (int g = 0; g < G; g++)
                 for (int w = 0; w < 2 * WIDE; w++) total[g][w] += p[g * TOKENS + t] * v[w];
         }
@@ -193,7 +194,7 @@ static void piece(const AttendArgs &a, const float* q, int64_t stride, const cha
                   const char* const* values, const float* scales, int64_t tokens, bool first,
                   float* most, float* weight, float* out) {
     alignas(64) float s[G * TOKENS];
-    dot<Kv, G>(q, stride, keys, tokens, a.head_dim, s);
+    dot<Kv, G>(q, stride, keys, a.kv_heads * a.row_bytes, tokens, a.head_dim, s);
     for (int g = 0; g < G; g++) {
         float* own = s + g * TOKENS, before = most[g];
         if (scales)
@@ -217,7 +218,7 @@ template <class Kv>
 static void attend_piece(const AttendArgs &a, int64_t row, int64_t kv, int64_t from, int64_t to,
                          float* found) {
     int64_t group = a.heads / a.kv_heads, n = a.head_dim, stride = padded_dim(n);
-    const char* keys[TOKENS + 2 * W], *values[TOKENS + 2 * W];
+    const char *keys[TOKENS + AHEAD], *values[TOKENS + AHEAD];
     float scales[2 * TOKENS];
     bool scaled = sizeof(typename Kv::T) == 1;
     for (int64_t start = from; start < to; start += TOKENS) {
@@ -227,8 +228,9 @@ static void attend_piece(const AttendArgs &a, int64_t row, int64_t kv, int64_t f
             std::memcpy(scales + t, keys[t] + a.row_bytes - 4, 4);
             std::memcpy(scales + TOKENS + t, values[t] + a.row_bytes - 4, 4);
         }
-        for (int64_t t = tokens; t < tokens + 2 * W; t++)
-            keys[t] = keys[tokens - 1], values[t] = values[tokens - 1];
+        // Beyond the piece stand the next head's keys, which are likely to be needed next.
+        for (int64_t t = 0; t < AHEAD; t++)
+            keys[tokens + t] = keys[t < tokens ? t : tokens - 1] + a.row_bytes;
         for (int64_t g = 0; g < group;) {
             int64_t some = group - g < 4 ? group - g : 4;
             alignas(64) float q[4 * MOST_DIM];
