@@ -17,7 +17,7 @@ from infopt.core.models.decoder import Decoder, StepInputs
 from infopt.core.models.record import Rows, Size, Unrecordable, record
 from infopt.kernels.cpu import attention
 from infopt.kernels.cpu.attention import Heads
-from infopt.kernels.cpu.native import Native
+from infopt.kernels.cpu.native import Native, threads_at_hand
 from infopt.kernels.cpu.program import Program
 
 MOST_ROWS = 1024
@@ -156,13 +156,12 @@ class NativeSteps:
         held = needed if step is None else step.size
         both = zip(astuple(held), astuple(needed), strict=True)
         size = Size(*(max(have, _at_least(wants)) for have, wants in both))
-        if step is None or size != held or torch.get_num_threads() != step.threads:
+        if step is None or size != held or _threads() != step.threads:
             return self._record(size)
         return step
 
     def _record(self, size: Size) -> NativeStep:
-        threads = torch.get_num_threads()
-        return NativeStep(self._native, self._decoder, self._caches, size, threads)
+        return NativeStep(self._native, self._decoder, self._caches, size, _threads())
 
 
 class Replays:
@@ -191,6 +190,11 @@ def recorded(native: Native | None, decoder: Decoder, caches: Sequence[Tensor]) 
         return Replays(NativeSteps(native, decoder, caches))
     except Unrecordable as error:
         return Replays(None, f"the decoder cannot be recorded: {error}")
+
+
+def _threads() -> int:
+    """As many as torch has, but no more than there are cores: here too many would wait in turn."""
+    return min(torch.get_num_threads(), threads_at_hand())
 
 
 def _at_least(number: int) -> int:
