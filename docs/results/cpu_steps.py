@@ -120,8 +120,8 @@ def main() -> None:
     }
     kept = cache_dtype(args.kv_dtype, artifact, dtype)
     weights = decoders["native"].step_bytes
-    print("| threads | context | GB/s read | " + " | ".join(
-        ["replayed ms", "% of reading", "part by part, native", "part by part, torch"]) + " |")  # fmt: skip
+    heads = ("threads", "context", "GB/s read", "replayed ms", "% of reading")
+    print("| " + " | ".join((*heads, "part by part, native", "part by part, torch")) + " |")
     print("|---|---|---|---|---|---|---|")
     shares = []
     for threads in args.threads:
