@@ -10,7 +10,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = Path("kernels/cpu/src")
+SOURCES = Path(__file__).resolve().parent / "kernels" / "cpu" / "src"
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 # GCC 12 takes its own headers' undefined vectors for mistakes.
 COMMON.append("-Wno-maybe-uninitialized")
@@ -84,7 +84,9 @@ def _run(line: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    files = sorted(str(path) for path in SOURCES.rglob("*") if path.suffix in (".cpp", ".h"))
+    # setuptools wants names from here.
+    found = (path for path in SOURCES.rglob("*") if path.suffix in (".cpp", ".h"))
+    files = sorted(os.path.relpath(path) for path in found)
     native = Extension(
         "infopt.kernels.cpu._native",
         sources=[name for name in files if name.endswith(".cpp")],

@@ -25,7 +25,7 @@ class NativeLinear:
         rows = x.reshape(-1, x.shape[-1])
         threads = torch.get_num_threads()
         y = dense_linear(self.native, rows, self.weight, self.bias, threads=threads)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y.view(*x.shape[:-1], y.shape[1])
 
     @property
     def nbytes(self) -> int:
@@ -52,7 +52,7 @@ class NativeGroups:
             rows = rows.index_select(1, self.columns)
         threads = torch.get_num_threads()
         y = groups_linear(self.native, rows, self.weight, self.bias, threads=threads)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y.view(*x.shape[:-1], y.shape[1])
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +76,7 @@ class NativeInt8:
         rows = x.reshape(-1, x.shape[-1])
         threads = torch.get_num_threads()
         y = int8_linear(self.native, rows, self.weight, self.grid, self.bias, threads=threads)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y.view(*x.shape[:-1], y.shape[1])
 
     @property
     def nbytes(self) -> int:

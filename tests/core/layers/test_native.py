@@ -115,6 +115,13 @@ def test_a_layer_of_int8_is_the_same_to_the_last_bit(
     assert torch.equal(found(x), linear(x))
 
 
+def test_no_rows_are_no_results(native: Native) -> None:
+    settle = NativeChoice(native, torch.float32, None).settle
+    int8 = Int8Linear(torch.ones(4, 128, dtype=torch.int8), torch.ones(4), ActivationFormat("int"))
+    for linear in (Linear(torch.randn(4, 128)), quantized(4), int8):
+        assert settle(linear)(torch.empty(0, 128)).shape[0] == 0
+
+
 def test_outliers_stay_with_torch(native: Native) -> None:
     form = ActivationFormat("int", outlier_threshold=6.0)
     linear = Int8Linear(torch.ones(4, 8, dtype=torch.int8), torch.ones(4), form)
