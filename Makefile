@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A changed kernel is built again.
+NATIVE := setup.py $(wildcard kernels/cpu/src/*.* kernels/cpu/src/ops/*.*)
 
 # Build environments obey the constraints as well: torch must stay the pinned one.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -12,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[serve,compat,otel,dev]'

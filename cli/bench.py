@@ -59,6 +59,7 @@ def bench(
     prefix_disk: opt.PrefixDisk = None,
     prefix_disk_bytes: opt.PrefixDiskBytes = None,
     deterministic: opt.Deterministic = None,
+    kernels: opt.Kernels = None,
     recipe: opt.RecipeFile = None,
     output: opt.ReportOutput = None,
     device: opt.DeviceOption = None,
@@ -107,8 +108,10 @@ def perform(work: "Work") -> "Report":
             return report.model_copy(update={"model": model, "engine_command": command})
     _check_in_process(settings)
     from infopt.core.bench.engine_client import EngineClient
+    from infopt.core.hardware.native import tell_native
     from infopt.core.runtime.engine import Engine
 
+    tell_native(settings.kernels, settings.device, work.screen.progress)
     client = EngineClient(
         Engine.load(work.artifact, settings), vocab_size=work.artifact.config["vocab_size"]
     )

@@ -12,6 +12,7 @@ from infopt.cli import (
     bench,
     bench_check,
     bench_compare,
+    bench_kernels,
     convert,
     distill,
     doctor,
@@ -61,6 +62,7 @@ bench_app = typer.Typer()
 bench_app.callback()(bench.bench)
 bench_app.command("compare")(bench_compare.compare)
 bench_app.command("check")(bench_check.check)
+bench_app.command("kernels")(bench_kernels.kernels)
 app.command("quantize")(quantize.quantize)
 app.command("prune")(prune.prune)
 app.command("distill")(distill.distill)

@@ -49,6 +49,12 @@ class KvDTypeWord(StrEnum):
     fp8 = "fp8"
 
 
+class KernelsWord(StrEnum):
+    auto = "auto"
+    native = "native"
+    torch = "torch"
+
+
 class DTypeWord(StrEnum):
     auto = "auto"
     float32 = "float32"
@@ -172,6 +178,14 @@ KvDType = Annotated[
     typer.Option(
         "--kv-dtype",
         help="Of cached keys and values; auto: what the artifact says, else the type of the run.",
+        show_default="auto",
+    ),
+]
+Kernels = Annotated[
+    KernelsWord | None,
+    typer.Option(
+        "--kernels",
+        help="Whose products a CPU computes; auto: what INFOPT_KERNELS says, else the faster.",
         show_default="auto",
     ),
 ]

@@ -70,6 +70,7 @@ def profile(
         opt.KvDTypeWord | None,
         typer.Option("--kv-dtype", help="What if the cache were kept so.", show_default="auto"),
     ] = None,
+    kernels: opt.Kernels = None,
     device_memory_gb: Annotated[
         float | None,
         typer.Option("--device-memory-gb", help="Of a named device that is sold in sizes."),
@@ -107,6 +108,7 @@ def profile(
         "repeats": repeats,
         "weight_bits": weight_bits,
         "kv_dtype": kv_dtype,
+        "kernels": kernels,
         "device_memory_gb": device_memory_gb,
     }
     common = opt.Common(
@@ -124,8 +126,10 @@ def perform(work: "Work") -> "Report":
     plan_profile(artifact, settings)  # what cannot be is told before the weights are loaded
     table = _calibrate(work) if settings.calibrate else None
     if settings.measures:
+        from infopt.core.hardware.native import tell_native
         from infopt.core.runtime.phases import PhaseRunner
 
+        tell_native(settings.kernels, settings.device, work.screen.progress)
         runner = PhaseRunner(artifact, _engine(work))
     report = door(artifact, settings, runner, progress=work.screen.progress)
     return report.model_copy(update={"calibration": table})
@@ -151,7 +155,9 @@ def _engine(work: "Work") -> "EngineSettings":
     from infopt.core.recipe.serve import EngineSettings
 
     settings = work.settings
-    return EngineSettings(device=settings.device, dtype=settings.dtype, seed=settings.seed)
+    return EngineSettings(
+        kernels=settings.kernels, device=settings.device, dtype=settings.dtype, seed=settings.seed
+    )
 
 
 def _artifact(work: "Work") -> "Artifact":

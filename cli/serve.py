@@ -51,6 +51,7 @@ def serve(
     prefix_disk: opt.PrefixDisk = None,
     prefix_disk_bytes: opt.PrefixDiskBytes = None,
     deterministic: opt.Deterministic = None,
+    kernels: opt.Kernels = None,
     api_key_file: Annotated[
         str | None,
         typer.Option(
@@ -200,6 +201,7 @@ def serve(
         "prefix_disk": prefix_disk,
         "prefix_disk_bytes": prefix_disk_bytes,
         "deterministic": deterministic,
+        "kernels": kernels,
         "api_key_file": api_key_file,
         "max_queued_requests": max_queued_requests,
         "max_queued_tokens": max_queued_tokens,

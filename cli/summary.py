@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from infopt.cli.bench_kernels import kernels_table
 from infopt.cli.bench_summary import bench_rows
 from infopt.cli.compared import check_table, compare_table
 from infopt.cli.compressed import distill_rows, kv_heads_rows, medusa_rows, prune_rows
@@ -14,6 +15,7 @@ from infopt.core.reports.convert import ConvertReport
 from infopt.core.reports.distill import DistillReport
 from infopt.core.reports.doctor import DoctorReport
 from infopt.core.reports.evaluate import EvaluateReport
+from infopt.core.reports.kernels import KernelsReport
 from infopt.core.reports.kv_heads import KvHeadsReport
 from infopt.core.reports.medusa import MedusaReport
 from infopt.core.reports.profile import ProfileReport
@@ -57,6 +59,8 @@ def summary(report: Report) -> "RenderableType":
             return compare_table(report)
         case CheckReport():
             return check_table(report)
+        case KernelsReport():
+            return kernels_table(report)
         case ServeReport():
             return _table(f"served at {report.url}", _serve_rows(report))
         case RunReport():

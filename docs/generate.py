@@ -44,6 +44,7 @@ VERBS = (
     "bench",
     "bench compare",
     "bench check",
+    "bench kernels",
     "run",
     "doctor",
 )

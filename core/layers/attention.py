@@ -1,6 +1,7 @@
 """Self-attention over a paged cache."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -12,6 +13,17 @@ from infopt.kernels.attention.eight_bits import KvScales
 from infopt.kernels.attention.paged import AttentionPlan, planned_attention
 
 
+class Attending(Protocol):
+    """What a step hands to every layer's attention: it knows where the step's tokens stand."""
+
+    def attend(self, layer: "Attention", qkv: Tensor, cache: Tensor) -> Tensor:
+        """All between the projections: qkv [T, width] -> [T, heads * head_dim].
+
+        Queries and keys are normed and rotated, keys and values written into the layer's cache.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionInputs:
     """Where the tokens of one step stand, for every layer alike."""
@@ -21,6 +33,20 @@ class AttentionInputs:
     slots: Tensor
     """[T]: the cache slots of the step's tokens."""
     plan: AttentionPlan
+
+    def attend(self, layer: "Attention", qkv: Tensor, cache: Tensor) -> Tensor:
+        """At once, in torch: as `Attending` has it."""
+        tokens, heads, kv_heads = len(qkv), layer.heads, layer.kv_heads
+        qkv = qkv.view(tokens, heads + 2 * kv_heads, layer.head_dim)
+        query_key = qkv[:, : heads + kv_heads]
+        if layer.head_norm is not None:
+            query_key.copy_(layer.head_norm(query_key))
+        if layer.rotary is not None:
+            self.rotaries[layer.rotary].rotate_(query_key)
+        write_kv(cache, qkv[:, heads:], self.slots, layer.kv_scales)
+        reads = self.plan.reads(layer.window, fixed=layer.fixed)
+        attended = planned_attention(qkv[:, :heads], cache, reads, layer.scale, layer.cap)
+        return attended.view(tokens, heads * layer.head_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +72,9 @@ class Attention:
     fixed: bool = False
     """In calls whose shapes do not depend on what else is in the step."""
 
-    def __call__(self, x: Tensor, inputs: AttentionInputs, cache: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, inputs: Attending, cache: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden]; `cache` is this layer's."""
-        tokens = x.shape[0]
-        qkv = self.qkv(x).view(tokens, self.heads + 2 * self.kv_heads, self.head_dim)
-        query_key = qkv[:, : self.heads + self.kv_heads]
-        if self.head_norm is not None:
-            query_key.copy_(self.head_norm(query_key))
-        if self.rotary is not None:
-            inputs.rotaries[self.rotary].rotate_(query_key)
-        write_kv(cache, qkv[:, self.heads :], inputs.slots, self.kv_scales)
-        reads = inputs.plan.reads(self.window, fixed=self.fixed)
-        attended = planned_attention(qkv[:, : self.heads], cache, reads, self.scale, self.cap)
-        return self.output(attended.view(tokens, self.heads * self.head_dim))
+        return self.output(inputs.attend(self, self.qkv(x), cache))
 
     @property
     def nbytes(self) -> int:

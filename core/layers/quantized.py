@@ -66,10 +66,12 @@ def pack(
     device: torch.device,
     scratch: Scratch,
     fixed: bool = False,
+    by_rows: bool = False,
 ) -> QuantizedLinear | None:
     """The weight as products of `dtype` on `device` want it; None for one that must be dense.
 
-    That is: float8 with a NaN, and integers in groups of several sizes.
+    That is: float8 with a NaN, and integers in groups of several sizes. `by_rows`: integers as
+    `IntegerRows`, whatever product there is; `in_tiles` makes up for it.
     """
     columns = None
     packed: Packed
@@ -80,7 +82,7 @@ def pack(
                 weight = _ordered(weight, columns)
                 if not in_order(weight.group_index, weight.scales.shape[1]):
                     return None
-            packed = _integers(weight, dtype, device)
+            packed = _integers(weight, None if by_rows else dtype, device)
         case Fp8Weight():
             if has_nan(weight.codes):
                 return None
@@ -97,35 +99,49 @@ def _ordered(weight: QuantizedWeight, columns: Tensor) -> QuantizedWeight:
     return replace(weight, codes=weight.codes[:, columns], group_index=index)
 
 
-def _integers(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> Packed:
+def _integers(
+    weight: QuantizedWeight, dtype: torch.dtype | None, device: torch.device
+) -> IntegerRows | Int4Tiles:
+    """For products of `dtype`; None: as rows."""
     outputs, inputs = weight.codes.shape
-    size = inputs // weight.scales.shape[1]
-    fits = [n for n in GROUP_SIZES if size % n == 0]
-    if (
-        weight.format.bits == 4
-        and (device.type, dtype) == ("cpu", torch.bfloat16)
-        and outputs % TILE == 0
-        and fits
-        and int4_usable()
-    ):
-        return _tiles(weight, size // fits[0])
     zero = int(weight.zeros.flatten()[0])
     same = bool((weight.zeros == zero).all())
+    bits, groups = weight.format.bits, weight.scales.shape[1]
+    if (device.type, dtype) == ("cpu", torch.bfloat16) and _tileable(outputs, inputs, bits, groups):
+        return _tiles(weight.codes, weight.scales, weight.zeros)
     return IntegerRows(
-        planes=tuple(plane.to(device) for plane in pack_planes(weight.codes, weight.format.bits)),
+        planes=tuple(plane.to(device) for plane in pack_planes(weight.codes, bits)),
         scales=weight.scales.to(device),
         zeros=zero if same else weight.zeros.to(device),
-        bits=weight.format.bits,
+        bits=bits,
         inputs=inputs,
     )
 
 
-def _tiles(weight: QuantizedWeight, repeats: int) -> Int4Tiles:
+def in_tiles(linear: QuantizedLinear) -> QuantizedLinear:
+    """The same with torch's int4 product in bfloat16, where that serves."""
+    weight = linear.weight
+    if not isinstance(weight, IntegerRows):
+        return linear
+    if not _tileable(*weight.shape, weight.bits, weight.scales.shape[1]):
+        return linear
+    codes = weight.codes(slice(0, weight.shape[0]), linear.scratch)
+    return replace(linear, weight=_tiles(codes, weight.scales, weight.zeros))
+
+
+def _tileable(outputs: int, inputs: int, bits: int, groups: int) -> bool:
+    fits = any(inputs // groups % size == 0 for size in GROUP_SIZES)
+    return bits == 4 and outputs % TILE == 0 and fits and int4_usable()
+
+
+def _tiles(codes: Tensor, scales: Tensor, zeros: Tensor | int) -> Int4Tiles:
     """Groups that are wider than the product knows become several of the same scale."""
-    scales = weight.scales.float()
-    offsets = (MIDDLE - weight.zeros.float()) * scales
+    size = codes.shape[1] // scales.shape[1]
+    repeats = size // next(n for n in GROUP_SIZES if size % n == 0)
+    scales = scales.float()
+    offsets = (MIDDLE - (zeros if isinstance(zeros, int) else zeros.float())) * scales
     both = torch.stack((scales, offsets), dim=-1).repeat_interleave(repeats, dim=1)
-    return Int4Tiles(to_tiles(weight.codes), both.transpose(0, 1).to(torch.bfloat16).contiguous())
+    return Int4Tiles(to_tiles(codes), both.transpose(0, 1).to(torch.bfloat16).contiguous())
 
 
 def _nf4(weight: Nf4Weight, device: torch.device) -> Nf4Rows:

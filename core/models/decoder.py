@@ -2,18 +2,33 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from infopt.core.layers.attention import Attention, AttentionInputs
-from infopt.core.layers.embedding import Embedding
-from infopt.core.layers.linear import Linear, Projection
+from infopt.core.layers.attention import Attending, Attention, AttentionInputs
+from infopt.core.layers.embedding import Embedding, Table
+from infopt.core.layers.linear import Projection
 from infopt.core.layers.norm import Norm
 from infopt.core.layers.rotary import Rotary
 from infopt.core.models.config import ModelConfig
 from infopt.core.models.mlp import FeedForward
 from infopt.kernels.attention.paged import AttentionPlan
+
+
+class Tokens(Protocol):
+    """What is embedded."""
+
+    @property
+    def token_ids(self) -> Tensor:
+        """int64 [T]"""
+        ...
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [T]"""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +42,10 @@ class StepInputs:
     slots: Tensor
     """int64 [T]: where in the cache their keys and values go."""
     plan: AttentionPlan
+
+
+Add = Callable[[Tensor, Tensor], Tensor]
+"""Adds the second to the first, in place, and returns it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +63,13 @@ class DecoderLayer:
     attention_out_norm: Norm | None = None
     mlp_out_norm: Norm | None = None
     norms_after: bool = False
+    add: Add = Tensor.add_
 
-    def __call__(self, x: Tensor, inputs: AttentionInputs, cache: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, inputs: Attending, cache: Tensor) -> Tensor:
         """x [T, hidden], which may be added to in place."""
         return self.feed(self.attend(x, inputs, cache))
 
-    def attend(self, x: Tensor, inputs: AttentionInputs, cache: Tensor) -> Tensor:
+    def attend(self, x: Tensor, inputs: Attending, cache: Tensor) -> Tensor:
         """The first half."""
 
         def attention(hidden: Tensor) -> Tensor:
@@ -65,7 +85,7 @@ class DecoderLayer:
         self, x: Tensor, norm: Norm, part: Callable[[Tensor], Tensor], out_norm: Norm | None
     ) -> Tensor:
         found = part(x if self.norms_after else norm(x))
-        x = x.add_(found if out_norm is None else out_norm(found))
+        x = self.add(x, found if out_norm is None else out_norm(found))
         return norm(x) if self.norms_after else x
 
     @property
@@ -91,12 +111,17 @@ class RotaryTable:
     magnitude: float
 
 
+def capped(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap), in place."""
+    return logits.div_(cap).tanh_().mul_(cap)
+
+
 @dataclass(frozen=True, slots=True)
 class Decoder:
     """Weights and the forward pass; the cache belongs to the caller."""
 
     config: ModelConfig
-    embedding: Embedding
+    embedding: Table
     layers: tuple[DecoderLayer, ...]
     norm: Norm | None
     head: Projection
@@ -106,14 +131,16 @@ class Decoder:
     project_in: Projection | None = None
     """Of embeddings that are not as wide as the layers."""
     project_out: Projection | None = None
+    add: Add = Tensor.add_
+    cap: Callable[[Tensor, float], Tensor] = capped
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embedding.weight.dtype
+        return self.embedding.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.weight.device
+        return self.embedding.device
 
     @property
     def step_bytes(self) -> int:
@@ -126,7 +153,7 @@ class Decoder:
     @property
     def resident_bytes(self) -> int:
         """Bytes of all weights in memory, a tied table once."""
-        tied = isinstance(self.head, Linear) and self.head.weight is self.embedding.weight
+        tied = self.embedding.held_by(self.head)
         tables = (None if tied else self.embedding, self.positions)
         rows = sum(table.nbytes for table in tables if table is not None)
         return sum(layer.nbytes for layer in self.layers) + self._outer_bytes + rows
@@ -138,8 +165,10 @@ class Decoder:
 
     def __call__(self, inputs: StepInputs, caches: Sequence[Tensor]) -> Tensor:
         """Fill the caches, one a layer; return hidden states [T, hidden] before the last norm."""
-        attention = self.attention_inputs(inputs)
-        x = self.embed(inputs)
+        return self.through(self.embed(inputs), self.attention_inputs(inputs), caches)
+
+    def through(self, x: Tensor, attention: Attending, caches: Sequence[Tensor]) -> Tensor:
+        """x [T, hidden] through all layers."""
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, attention, cache)
         return x
@@ -152,13 +181,13 @@ class Decoder:
         )
         return AttentionInputs(rotaries, inputs.slots, inputs.plan)
 
-    def embed(self, inputs: StepInputs) -> Tensor:
+    def embed(self, inputs: Tokens) -> Tensor:
         """What enters the first layer, [T, hidden]."""
         x = self.embedding(inputs.token_ids)
         if self.project_in is not None:
             x = self.project_in(x)
         if self.positions is not None:
-            x = x.add_(self.positions(inputs.positions))
+            x = self.add(x, self.positions(inputs.positions))
         return x
 
     def states(self, hidden: Tensor) -> Tensor:
@@ -170,7 +199,7 @@ class Decoder:
         """[R, hidden] -> [R, vocabulary], for the rows that need them only."""
         x = self.states(hidden)
         found, cap = self.head(x), self.config.logit_cap
-        return found if cap is None else found.div_(cap).tanh_().mul_(cap)
+        return found if cap is None else self.cap(found, cap)
 
     def first_fault(self, inputs: StepInputs, caches: Sequence[Tensor], row: int) -> str:
         """Where a step's row first is not finite: the step is computed again, part by part.

@@ -18,10 +18,12 @@ from infopt.core.formats.activation import ActivationFormat
 from infopt.core.formats.number import IntegerFormat, QuantizedWeight
 from infopt.core.formats.scheme import LayerScheme, StoredWeight
 from infopt.core.layers.attention import Attention
-from infopt.core.layers.embedding import Embedding
+from infopt.core.layers.choice import NativeChoice
+from infopt.core.layers.embedding import Embedding, Table
 from infopt.core.layers.fuse import side_by_side
 from infopt.core.layers.int8 import Int8Linear
 from infopt.core.layers.linear import Linear, Projection
+from infopt.core.layers.native import NativeEmbedding, NativeLinear
 from infopt.core.layers.norm import HeadNorm, LayerNorm, Norm, RMSNorm
 from infopt.core.layers.quantized import pack
 from infopt.core.layers.rotary import inverse_frequencies
@@ -33,6 +35,7 @@ from infopt.core.models.mlp import (
     Activate,
     ExpertsMLP,
     FeedForward,
+    Gate,
     GatedMLP,
     PlainMLP,
     activate,
@@ -48,19 +51,29 @@ _STACKED = ("gate_up_proj", "down_proj")
 
 
 def load_decoder(
-    artifact: Artifact, dtype: torch.dtype, device: torch.device, *, deterministic: bool = False
+    artifact: Artifact,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    deterministic: bool = False,
+    native: NativeChoice | None = None,
 ) -> Decoder:
     """Read the weights, one layer at a time, into `dtype` on `device`.
 
     `deterministic`: what is computed of a token does not depend, by a single bit, on the other
-    tokens of its step, nor on how its sequence was cut into steps.
+    tokens of its step, nor on how its sequence was cut into steps. `native`: which projections
+    become native ones; none by default.
 
     Layers that are stored quantized stay so in memory; inputs that the artifact says are quantized
     are rounded as it says, by a layer's own scale.
     Raises UnsupportedError for a model or rounding that the decoder does not know, ArtifactError
     for a tensor that is missing or of another shape than the config says.
     """
-    return _Loader(artifact, dtype, device, deterministic).decoder()
+    loader = _Loader(artifact, dtype, device, deterministic, native)
+    decoder = loader.decoder()
+    if native is not None:
+        native.keep()
+    return decoder
 
 
 def runs_in_int8(scheme: LayerScheme | None) -> bool:
@@ -110,9 +123,15 @@ def stored_name(artifact: Artifact, parameter: str) -> str:
 
 class _Loader:
     def __init__(
-        self, artifact: Artifact, dtype: torch.dtype, device: torch.device, fixed: bool
+        self,
+        artifact: Artifact,
+        dtype: torch.dtype,
+        device: torch.device,
+        fixed: bool,
+        native: NativeChoice | None,
     ) -> None:
         self.fixed = fixed
+        self.native = native
         self.artifact = artifact
         self.config = ModelConfig.from_hf(artifact.config)
         self.names = self.config.names
@@ -124,11 +143,13 @@ class _Loader:
 
     def decoder(self) -> Decoder:
         config, names = self.config, self.names
-        embedding = self.embedding()
+        embedding: Table = (stored := self.embedding())
         if config.tied_embeddings:
-            head: Projection = Linear(embedding.weight, fixed=self.fixed)
+            head = self.settled(Linear(stored.weight, fixed=self.fixed))
+            if isinstance(head, NativeLinear):
+                embedding = NativeEmbedding(head.native, head.weight, stored.scale)
         else:
-            head = self.linear(names.head)
+            head = self.settled(self.linear(names.head))
         projected = config.embedding_size != config.hidden_size
         return Decoder(
             config=config,
@@ -140,9 +161,17 @@ class _Loader:
                 self.rotary(rope) for rope in (config.rope, config.local_rope) if rope is not None
             ),
             positions=self.positions() if config.rope is None else None,
-            project_in=self.linear(names.project_in) if projected else None,
-            project_out=self.linear(names.project_out) if projected else None,
+            project_in=self.settled(self.linear(names.project_in)) if projected else None,
+            project_out=self.settled(self.linear(names.project_out)) if projected else None,
         )
+
+    def settled(self, projection: Projection) -> Projection:
+        """A projection that no other will join, in its last form."""
+        return projection if self.native is None else self.native.settle(projection)
+
+    def joined(self, names: Sequence[str], part: Part | None = None) -> Projection:
+        """Layers of the same input as one."""
+        return self.settled(side_by_side([self.linear(name, part) for name in names]))
 
     def embedding(self) -> Embedding:
         shape = (self.config.vocab_size, self.config.embedding_size)
@@ -182,8 +211,8 @@ class _Loader:
         if config.local_rope is not None and window is not None:
             rotary = 1
         return Attention(
-            qkv=side_by_side([self.linear(f"{name}.{part}", "qkv") for part in names.qkv]),
-            output=self.linear(f"{name}.{names.output}", "output"),
+            qkv=self.joined([f"{name}.{part}" for part in names.qkv], "qkv"),
+            output=self.settled(self.linear(f"{name}.{names.output}", "output")),
             head_norm=self.head_norm(name) if config.qk_norm else None,
             heads=config.heads,
             kv_heads=config.kv_heads,
@@ -217,11 +246,11 @@ class _Loader:
         config, names = self.config, self.names
         if config.experts is not None and config.experts.layers[index]:
             return self.experts(name, config.experts)
-        wide = side_by_side([self.linear(f"{name}.{part}", "mlp") for part in names.wide])
-        down = self.linear(f"{name}.{names.down}", "mlp")
+        wide = self.joined([f"{name}.{part}" for part in names.wide], "mlp")
+        down = self.settled(self.linear(f"{name}.{names.down}", "mlp"))
         activation = self.activation()
         if config.gated:
-            return GatedMLP(wide, down, activation)
+            return GatedMLP(wide, down, Gate(activation))
         return PlainMLP(wide, down, activation)
 
     def activation(self) -> Activate:
@@ -232,29 +261,31 @@ class _Loader:
         owner = f"{name}.{self.names.experts}"
         stacked = self.artifact.has(stored_name(self.artifact, f"{owner}.{_STACKED[0]}"))
         found = self.stacked(owner, experts) if stacked else self.apart(owner, experts)
-        router = self.linear(f"{name}.{self.names.router}")
+        router = self.settled(self.linear(f"{name}.{self.names.router}"))
         return ExpertsMLP(router, found, experts.per_token, experts.normalized)
 
     def stacked(self, owner: str, experts: Experts) -> tuple[GatedMLP, ...]:
         hidden, inner = self.config.hidden_size, experts.intermediate_size
         wide = self.tensor(f"{owner}.{_STACKED[0]}", (experts.count, 2 * inner, hidden))
         down = self.tensor(f"{owner}.{_STACKED[1]}", (experts.count, hidden, inner))
-        activation = self.activation()
+        gate = Gate(self.activation())
         return tuple(
             GatedMLP(
-                Linear(wide[e], fixed=self.fixed), Linear(down[e], fixed=self.fixed), activation
+                self.settled(Linear(wide[e], fixed=self.fixed)),
+                self.settled(Linear(down[e], fixed=self.fixed)),
+                gate,
             )
             for e in range(experts.count)
         )
 
     def apart(self, owner: str, experts: Experts) -> tuple[GatedMLP, ...]:
         gate, up, down = self.names.expert
-        activation = self.activation()
+        gating = Gate(self.activation())
         return tuple(
             GatedMLP(
-                side_by_side([self.linear(f"{owner}.{e}.{part}") for part in (gate, up)]),
-                self.linear(f"{owner}.{e}.{down}"),
-                activation,
+                self.joined([f"{owner}.{e}.{part}" for part in (gate, up)]),
+                self.settled(self.linear(f"{owner}.{e}.{down}")),
+                gating,
             )
             for e in range(experts.count)
         )
@@ -323,6 +354,7 @@ class _Loader:
             device=self.device,
             scratch=self.scratch,
             fixed=self.fixed,
+            by_rows=self.native is not None,
         )
         if packed is not None:
             return packed

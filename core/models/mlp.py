@@ -56,16 +56,26 @@ class FeedForward(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Gate:
+    """activation(gate) * up of [T, 2 * inner], gate before up."""
+
+    activation: Activate = F.silu
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return self.activation(gate).mul_(up)
+
+
+@dataclass(frozen=True, slots=True)
 class GatedMLP:
     """down(activation(gate(x)) * up(x)), gate and up fused."""
 
     gate_up: Projection
     down: Projection
-    activation: Activate = F.silu
+    gate: Activate = Gate()
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(self.activation(gate).mul_(up))
+        return self.down(self.gate(self.gate_up(x)))
 
     @property
     def nbytes(self) -> int:

@@ -17,6 +17,7 @@ from infopt.core.formats.activation import ActivationFormat
 from infopt.core.formats.number import IntegerFormat, QuantizedWeight
 from infopt.core.hardware.kernel_times import LayerTime, ProductTime
 from infopt.core.layers.attention import Attention, AttentionInputs
+from infopt.core.layers.choice import NativeChoice, native_choice
 from infopt.core.layers.int8 import Int8Linear
 from infopt.core.layers.linear import Linear, Projection, fused
 from infopt.core.layers.norm import RMSNorm
@@ -66,19 +67,27 @@ def product_times(
     formats: Sequence[str] = FORMATS,
     progress: ProgressCallback,
 ) -> Iterator[ProductTime]:
-    """Median times of products in each format over a grid of shapes."""
+    """Median times of products in each format over a grid of shapes, held as an engine would."""
+    choice = native_choice("auto", device, dtype, deterministic=False)
     for done, form in enumerate(formats):
         for n, k in _WEIGHTS:
             progress(Progress("measure products", done, len(formats), f"{form} {n} x {k}"))
-            yield from _products(form, n, k, device, dtype, cache_bytes)
+            yield from _products(form, n, k, device, dtype, cache_bytes, choice)
 
 
 def _products(
-    form: str, n: int, k: int, device: torch.device, dtype: torch.dtype, cache_bytes: int
+    form: str,
+    n: int,
+    k: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_bytes: int,
+    choice: NativeChoice | None,
 ) -> Iterator[ProductTime]:
-    first = build(form, n, k, device, dtype)
+    first = build(form, n, k, device, dtype, choice)
     copies = max(1, min(64, -(-2 * cache_bytes // first.nbytes)))
-    weights = [first, *(build(form, n, k, device, dtype) for _ in range(copies - 1))]
+    more = (build(form, n, k, device, dtype, choice) for _ in range(copies - 1))
+    weights = [first, *more]
     last = 0.0
     for m in _ROWS:
         if 2 * last > _LONGEST:
@@ -113,24 +122,35 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def build(form: str, n: int, k: int, device: torch.device, dtype: torch.dtype) -> Projection:
-    """A projection of a format with random weights, held as the runtime holds it."""
+def build(
+    form: str,
+    n: int,
+    k: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    choice: NativeChoice | None = None,
+) -> Projection:
+    """A projection of a format with random weights, held as the runtime holds it; by default
+    where it has torch's kernels alone."""
+    found: Projection | None
     if form.startswith("dense"):
         dense = Linear(torch.randn(n, k, device=device).to(dtype))
-        return fused([dense]) if form == "dense-fused" else dense
-    if form == "W8A8-int8":
+        found = fused([dense]) if form == "dense-fused" else dense
+    elif form == "W8A8-int8":
         codes = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
         scales = torch.full((n,), 0.01, device=device)
-        return Int8Linear(codes, scales, ActivationFormat("int"))
-    packed = pack(
-        _stored(4 if form == "W4A16" else 8, n, k),
-        None,
-        dtype=dtype,
-        device=device,
-        scratch=Scratch(),
-    )
-    assert packed is not None, form
-    return packed
+        found = Int8Linear(codes, scales, ActivationFormat("int"))
+    else:
+        found = pack(
+            _stored(4 if form == "W4A16" else 8, n, k),
+            None,
+            dtype=dtype,
+            device=device,
+            scratch=Scratch(),
+            by_rows=choice is not None,
+        )
+    assert found is not None, form
+    return found if choice is None else choice.settle(found)
 
 
 def _stored(bits: int, n: int, k: int) -> QuantizedWeight:

@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from infopt.core.recipe.base import Seed, Settings
+from infopt.core.recipe.serve import Kernels
 from infopt.core.recipe.text import DType
 
 COMPUTERS = ("auto", "cpu", "cuda")
@@ -41,6 +42,8 @@ class ProfileSettings(Settings):
     """What if the layers' weights took so many bits each, scales included: 4.25, say."""
     kv_dtype: KvDType = "auto"
     """What if keys and values were cached so."""
+    kernels: Kernels = "auto"
+    """Whose products a CPU computes, as of `serve`."""
     device: str = "auto"
     """auto, cpu or cuda; with `static` also a device by its name, such as 'H100 SXM'."""
     device_memory_gb: float | None = Field(default=None, gt=0)

@@ -14,6 +14,7 @@ KEYS_VARIABLE = "INFOPT_API_KEYS"
 BATCH_WAIT_MS = 50.0
 PREFIX_DISK_BYTES = 4 * 2**30
 KvDType = Literal["auto", "int8", "fp8"]
+Kernels = Literal["auto", "native", "torch"]
 Pooling = Literal["mean", "last"]
 """Of a prompt's hidden states into one: their mean, or the last one."""
 ToolParser = Literal["auto", "hermes", "llama3-json", "mistral", "none"]
@@ -55,6 +56,9 @@ class EngineSettings(Settings):
     """Longest prompt plus output; default: the model's own limit."""
     deterministic: bool = False
     """A request's tokens do not depend, by a single bit, on the others or on its chunks; slower."""
+    kernels: Kernels = "auto"
+    """Whose products a CPU computes; auto: what INFOPT_KERNELS says, else for each shape the
+    faster, native where that was not measured."""
     device: Device = "auto"
     dtype: DType = "auto"
     seed: Seed = 0

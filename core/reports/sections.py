@@ -12,6 +12,8 @@ from infopt.core.reports.compare import CompareReport
 from infopt.core.reports.compare_sections import compare_sections
 from infopt.core.reports.distill import DistillReport
 from infopt.core.reports.evaluate import EvaluateReport
+from infopt.core.reports.kernel_sections import kernel_sections
+from infopt.core.reports.kernels import KernelsReport
 from infopt.core.reports.kv_heads import KvHeadsReport
 from infopt.core.reports.medusa import MedusaReport
 from infopt.core.reports.page import (
@@ -65,6 +67,8 @@ def title(report: Report) -> str:
             return bench_title(report)
         case CompareReport():
             return "Comparison of two sides of runs"
+        case KernelsReport():
+            return "Native kernels"
         case RunReport():
             return f"Run: {report.recipe}"
     return f"infopt {report.command}" + (f": {report.model.name}" if report.model else "")
@@ -94,6 +98,8 @@ def sections(report: Report) -> tuple[Section, ...]:
             return bench_sections(report)
         case CompareReport():
             return compare_sections(report)
+        case KernelsReport():
+            return kernel_sections(report)
         case RunReport():
             return _run(report)
     return (Section("Findings", (_plain(report),)),)

@@ -12,7 +12,6 @@ from infopt.core.artifact.read import Artifact
 from infopt.core.errors import UsageError
 from infopt.core.hardware.choose import choose_device, choose_dtype
 from infopt.core.models.config import ModelConfig
-from infopt.core.models.load import load_decoder
 from infopt.core.recipe.serve import EngineSettings
 from infopt.core.runtime.batch import Batch, build_batch
 from infopt.core.runtime.beam_group import BeamGroup
@@ -31,6 +30,7 @@ from infopt.core.runtime.limits import (
     read_eos_token_ids,
     requested_length,
 )
+from infopt.core.runtime.loaded import load_for
 from infopt.core.runtime.model_runner import ModelRunner
 from infopt.core.runtime.penalties import changes_logits
 from infopt.core.runtime.pooling import embedding, pool
@@ -97,7 +97,7 @@ class Engine:
         limit = longest_sequence(config, settings)
         name = choose_device(settings.device)
         device, dtype = torch.device(name), getattr(torch, choose_dtype(settings.dtype, name))
-        decoder = load_decoder(artifact, dtype, device, deterministic=settings.deterministic)
+        decoder = load_for(settings, artifact, dtype, device)
         kept = cache_dtype(settings.kv_dtype, artifact, dtype)
         blocks = settings.kv_blocks or blocks_that_fit(
             config,
@@ -117,7 +117,12 @@ class Engine:
             return GrammarCompiler(tokenizer_source(artifact), config.vocab_size, ends)
 
         return cls(
-            ModelRunner(decoder, cache, open_store(artifact, settings, decoder, cache, kept)),
+            ModelRunner.recorded(
+                settings.kernels,
+                decoder,
+                cache,
+                open_store(artifact, settings, decoder, cache, kept),
+            ),
             settings=settings,
             max_model_len=held_sequence(limit, blocks * settings.block_size, settings),
             eos_token_ids=ends,
@@ -185,8 +190,7 @@ class Engine:
             step.work, block_size=cache.block_size, dtype=decoder.dtype, device=decoder.device
         )
         built = time.perf_counter()
-        hidden = self._runner.forward(batch.inputs)
-        logits = self._runner.logits(hidden, batch.rows)
+        hidden, logits = self._runner.compute(batch.inputs, batch.rows, bool(batch.reading))
         ran = time.perf_counter()
         self._scheduler.advance(step)
         outputs += self._read(batch, hidden)
@@ -225,14 +229,9 @@ class Engine:
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
             preemptions=scheduler.preemptions,
-            steps=meter.steps,
-            tokens=meter.tokens,
-            step_tokens=meter.step_tokens,
-            schedule_s=meter.schedule_s,
-            build_s=meter.build_s,
-            forward_s=meter.forward_s,
-            sample_s=meter.sample_s,
-            step_sizes=tuple(meter.step_sizes),
+            replayed=self._runner.replays.count,
+            not_replayed=self._runner.replays.reason,
+            **meter.sums(),
         )
 
     def check(self) -> None:
@@ -246,7 +245,7 @@ class Engine:
             raise UsageError("this engine has no tokenizer, which a grammar needs")
         return self._grammars().compile(grammar)
 
-    def _read(self, batch: Batch, hidden: Tensor) -> list[StepOutput]:
+    def _read(self, batch: Batch, hidden: Tensor | None) -> list[StepOutput]:
         """Note how likely the tokens of prompts were, and add up their embeddings.
 
         A prompt is over that has its embedding, or whose numbers are not finite.
@@ -254,6 +253,7 @@ class Engine:
         outputs: list[StepOutput] = []
         for reading in batch.reading:
             request, rows, runner = reading.request, reading.rows, self._runner
+            assert hidden is not None
             if request.params.pooling is None:
                 place = score(request, hidden, rows, runner.logits)
             else:

@@ -5,22 +5,44 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from infopt.core.hardware.native import find_native
 from infopt.core.models.decoder import Decoder, StepInputs
+from infopt.core.recipe.serve import Kernels
 from infopt.core.runtime.kv_cache import KVCache
 from infopt.core.runtime.prefix_store import PrefixStore
 from infopt.core.runtime.scheduler import Step
+from infopt.core.runtime.step_program import Replays, recorded
 
 # Blocks that are in host memory beside the store while they are on their way to the disk.
 _SAVED_AT_ONCE = 16
 
 
 class ModelRunner:
-    """A decoder, the cache that it fills, and where blocks go that the cache gives up."""
+    """A decoder, the cache that it fills, and where blocks go that the cache gives up.
 
-    def __init__(self, decoder: Decoder, cache: KVCache, store: PrefixStore | None = None) -> None:
+    Steps that were recorded are replayed; without `replays` every step is computed part by part.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        store: PrefixStore | None = None,
+        replays: Replays | None = None,
+    ) -> None:
         self.decoder = decoder
         self.cache = cache
         self.store = store
+        self.replays = replays or Replays(None, "no step is to be recorded")
+
+    @classmethod
+    def recorded(
+        cls, kernels: Kernels, decoder: Decoder, cache: KVCache, store: PrefixStore | None = None
+    ) -> "ModelRunner":
+        """One that replays decode steps on a CPU, where its native kernels are to be used and can
+        compute them; raises as `find_native`."""
+        native = find_native(kernels) if decoder.device.type == "cpu" else None
+        return cls(decoder, cache, store, recorded(native, decoder, cache.layers))
 
     @torch.inference_mode()
     def move_blocks(self, step: Step) -> None:
@@ -51,8 +73,24 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, inputs: StepInputs, rows: Tensor | None = None) -> Tensor:
-        """Logits [R, vocabulary] of the step's tokens at `rows` [R]; of all where it is None."""
-        return self.logits(self.forward(inputs), rows)
+        """Logits [R, vocabulary] of the step's tokens at `rows` [R]; of all where it is None.
+
+        Those of a replayed step are float32, and good until the next step.
+        """
+        return self.compute(inputs, rows)[1]
+
+    @torch.inference_mode()
+    def compute(
+        self, inputs: StepInputs, rows: Tensor | None, reads_hidden: bool = False
+    ) -> tuple[Tensor | None, Tensor]:
+        """Hidden states, as `forward`, and logits, as `run`; a replayed step has no hidden states,
+        and none is replayed whose hidden states are read."""
+        if not reads_hidden:
+            logits = self.replays.logits(inputs, rows)
+            if logits is not None:
+                return None, logits
+        hidden = self.forward(inputs)
+        return hidden, self.logits(hidden, rows)
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs) -> Tensor:

@@ -3,15 +3,17 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from infopt.core.artifact.read import Artifact
 from infopt.core.hardware.choose import choose_device, choose_dtype
-from infopt.core.models.decoder import Decoder
-from infopt.core.models.load import load_decoder
+from infopt.core.models.decoder import Decoder, StepInputs
 from infopt.core.recipe.serve import EngineSettings
 from infopt.core.runtime.batch import Span, step_inputs
 from infopt.core.runtime.kv_cache import KVCache, cache_dtype
+from infopt.core.runtime.loaded import load_for
 from infopt.core.runtime.model_runner import ModelRunner
+from infopt.core.runtime.step_program import StepTimes
 from infopt.kernels.attention.eight_bits import fill_with_noise
 
 
@@ -26,20 +28,19 @@ class PhaseRunner:
         self.dtype = choose_dtype(settings.dtype, name)
         self._device = torch.device(name)
         self._block_size = settings.block_size
-        self._loaded = self._decoder = load_decoder(
-            artifact,
-            getattr(torch, self.dtype),
-            self._device,
-            deterministic=settings.deterministic,
+        self._loaded = self._decoder = load_for(
+            settings, artifact, getattr(torch, self.dtype), self._device
         )
         self._kept = cache_dtype(settings.kv_dtype, artifact, self._decoder.dtype)
         self.weight_bytes = self._decoder.step_bytes
         """Bytes of weights that a decode step reads."""
         self.resident_bytes = self._decoder.resident_bytes
         """Bytes of all weights in memory."""
+        self._kernels = settings.kernels
         self._tokens = torch.Generator().manual_seed(settings.seed)
         self._runner: ModelRunner | None = None
         self._decoding: list[Span] = []
+        self._last: tuple[StepInputs, Tensor | None] | None = None
 
     def prefill(self, batch: int, tokens: int) -> None:
         """Compute `batch` prompts of `tokens` random tokens in one step, up to their logits."""
@@ -60,6 +61,14 @@ class PhaseRunner:
         assert self._decoding and self._runner, "prepare_decode comes first"
         self._run(self._runner, self._decoding)
 
+    def replayed_times(self) -> StepTimes | None:
+        """What the parts of the last step take that was run, if it was replayed: in a replay whose
+        calls are made one by one."""
+        program = None if self._runner is None else self._runner.replays.program
+        if program is None or self._last is None:
+            return None
+        return program.times(*self._last)
+
     def instrument(self, wrap: Callable[[Decoder], Decoder] | None) -> None:
         """Run what `wrap` makes of the decoder from here on; None: the decoder itself."""
         self._decoder = self._loaded if wrap is None else wrap(self._loaded)
@@ -72,7 +81,8 @@ class PhaseRunner:
         )
         new = len(spans[0].tokens)
         rows = torch.arange(1, len(spans) + 1, device=self._device) * new - 1
-        runner.run(inputs, None if new == 1 else rows)
+        self._last = inputs, None if new == 1 else rows
+        runner.run(*self._last)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
@@ -87,7 +97,10 @@ class PhaseRunner:
                 dtype=self._kept,
                 device=self._device,
             )
-            self._runner = ModelRunner(self._decoder, cache)
+            # With clocks at the operators a step is computed part by part.
+            clocked = self._decoder is not self._loaded
+            kernels = "torch" if clocked else self._kernels
+            self._runner = ModelRunner.recorded(kernels, self._decoder, cache)
         self._decoding = []
         return self._runner
 

@@ -1,7 +1,8 @@
 """What the engine counts."""
 
 from bisect import bisect_left
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 STEP_SIZES = tuple(2**power for power in range(14))
 """Bounds of the numbers of tokens by which steps are counted."""
@@ -39,6 +40,10 @@ class EngineStats:
     sample_s: float
     step_sizes: tuple[int, ...]
     """How many had up to 1, up to 2, up to 4, .. tokens, each counted once; the last: more."""
+    replayed: int = 0
+    """Steps whose kernels ran with no Python between them."""
+    not_replayed: str | None = None
+    """Why none is replayed, where none can be."""
 
 
 @dataclass(slots=True)
@@ -53,6 +58,10 @@ class Meter:
     forward_s: float = 0.0
     sample_s: float = 0.0
     step_sizes: list[int] = field(default_factory=lambda: [0] * (len(STEP_SIZES) + 1))
+
+    def sums(self) -> dict[str, Any]:
+        """By the names of `EngineStats`."""
+        return {**asdict(self), "step_sizes": tuple(self.step_sizes)}
 
     def count(self, tokens: int, borders: tuple[float, float, float, float, float]) -> None:
         """A step of so many tokens; the times at which its four phases began, and its end."""

@@ -15,6 +15,7 @@ from infopt.core.errors import (
     ResourceError,
     UsageError,
 )
+from infopt.core.hardware.native import tell_native
 from infopt.core.models.config import ModelConfig
 from infopt.core.progress import Progress, ProgressCallback, silent
 from infopt.core.recipe.serve import ServeSettings
@@ -79,6 +80,7 @@ def serve(
                     "whoever reaches the port can use the model",
                 )
             )
+        tell_native(settings.kernels, settings.device, progress)
         cache = {"block_size": str(settings.block_size), "kv_dtype": settings.kv_dtype}
         gate = Gate(_bounds(settings, None))
         house = House(gate, Metrics(model, cache), log, tracing, keys)

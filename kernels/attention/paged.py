@@ -109,6 +109,16 @@ class AttentionPlan:
         self._dtype, self._device = dtype, device
         self._reads: dict[tuple[int | None, bool], WindowReads] = {}
 
+    @property
+    def lengths(self) -> Sequence[int]:
+        """How many queries each request has."""
+        return self._lengths
+
+    @property
+    def tables(self) -> Sequence[Sequence[int]]:
+        """The blocks of each request."""
+        return self._tables
+
     def reads(self, window: int | None = None, *, fixed: bool = False) -> WindowReads:
         """Of layers that look back on `window` tokens, or on all.
 

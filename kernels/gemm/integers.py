@@ -45,7 +45,7 @@ class IntegerRows:
     def fill(self, start: int, out: Tensor, scratch: Scratch) -> None:
         """As `Rows.fill`: exactly the float32 values that (codes - zeros) * scales gives."""
         rows = slice(start, start + out.shape[0])
-        out.copy_(self._codes(rows, scratch))
+        out.copy_(self.codes(rows, scratch))
         scales = self.scales[rows].float().unsqueeze(-1)
         grouped = out.view(*self.scales[rows].shape, -1)
         if isinstance(self.zeros, int):
@@ -53,7 +53,8 @@ class IntegerRows:
         else:
             grouped.sub_(self.zeros[rows].float().unsqueeze(-1)).mul_(scales)
 
-    def _codes(self, rows: slice, scratch: Scratch) -> Tensor:
+    def codes(self, rows: slice, scratch: Scratch) -> Tensor:
+        """Of some rows, uint8 [rows, K]; a view of scratch or of the weight."""
         shift, whole = 0, None
         for width, plane in zip(PLANES[self.bits], self.planes, strict=True):
             part = unpack_plane(plane[rows], width, self.inputs, scratch, f"plane {shift}")

@@ -56,6 +56,9 @@ class FakeRunner:
         self.seconds = seconds
         self.asked: list[tuple[Any, ...] | str] = []
 
+    def replayed_times(self) -> None:
+        return None
+
     def instrument(self, wrap: Any) -> None:
         self.asked.append("clocks off" if wrap is None else "clocks on")
 

@@ -55,7 +55,8 @@ def test_answers_do_not_depend_on_the_batch(make_engine: Callable[..., Engine], 
     for other in (together, chunked, crowded):
         assert [tokens for tokens, _ in other] == [tokens for tokens, _ in alone]
         for (_, ours), (_, theirs) in zip(other, alone, strict=True):
-            assert ours == pytest.approx(theirs, abs=1e-4)
+            # A value half way between two codes may be rounded to either.
+            assert ours == pytest.approx(theirs, abs=1e-3)
 
 
 def test_auto_is_what_the_artifact_says(tiny_reference: tuple[Artifact, Any]) -> None:

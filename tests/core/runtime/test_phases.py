@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 from torch import Tensor
 
 from infopt.core.artifact.read import Artifact
+from infopt.core.errors import UnsupportedError
 from infopt.core.models.decoder import StepInputs
 from infopt.core.recipe.serve import EngineSettings
 from infopt.core.runtime import model_runner
@@ -70,3 +72,32 @@ def test_bytes_and_dtype(phases: PhaseRunner, tiny_reference: tuple[Artifact, An
 def test_decode_needs_a_cache(phases: PhaseRunner) -> None:
     with pytest.raises(AssertionError):
         phases.decode_step()
+
+
+def test_a_replayed_step_tells_what_its_parts_take(
+    tiny_reference: tuple[Artifact, Any],
+) -> None:
+    try:
+        settings = EngineSettings(dtype="float32", device="cpu", block_size=4, kernels="native")
+        phases = PhaseRunner(tiny_reference[0], settings)
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    assert phases.replayed_times() is None
+    for step in (lambda: phases.prefill(2, 9), lambda: phases.decode_step()):
+        if phases.replayed_times() is not None:
+            phases.prepare_decode(2, 17)
+        step()
+        times = phases.replayed_times()
+        assert times is not None and len(times.layers) == 2
+        assert {"embedding", "norms", "qkv", "attention", "o", "gate_up", "activation", "down",
+                "lm_head"} == set(times.operators)  # fmt: skip
+    phases.instrument(lambda decoder: replace(decoder))
+    phases.prefill(2, 9)
+    assert phases.replayed_times() is None, "clocks are in the decoder"
+
+
+def test_torchs_kernels_are_not_replayed(tiny_reference: tuple[Artifact, Any]) -> None:
+    settings = EngineSettings(dtype="float32", device="cpu", block_size=4, kernels="torch")
+    phases = PhaseRunner(tiny_reference[0], settings)
+    phases.prefill(2, 9)
+    assert phases.replayed_times() is None

@@ -7,11 +7,11 @@ import torch
 
 from infopt.core.artifact.read import Artifact
 from infopt.core.models.hf import load_transformers
-from infopt.core.models.load import load_decoder
 from infopt.core.recipe.serve import EngineSettings
 from infopt.core.runtime.engine import Engine
 from infopt.core.runtime.kv_cache import KVCache
 from infopt.core.runtime.limits import read_eos_token_ids
+from infopt.core.runtime.loaded import load_for
 from infopt.core.runtime.model_runner import ModelRunner
 from infopt.core.runtime.request import SamplingParams
 
@@ -54,7 +54,8 @@ def wanted(default_artifact: Artifact, prompts: list[list[int]]) -> list[list[in
 
 @pytest.fixture(scope="module")
 def decoder(default_artifact: Artifact) -> Any:
-    return load_decoder(default_artifact, torch.float32, CPU)
+    settings = EngineSettings(device="cpu", dtype="float32")
+    return load_for(settings, default_artifact, torch.float32, CPU)
 
 
 def engine_on(artifact: Artifact, decoder: Any, **changes: int) -> Engine:
@@ -69,7 +70,7 @@ def engine_on(artifact: Artifact, decoder: Any, **changes: int) -> Engine:
         device=CPU,
     )
     return Engine(
-        ModelRunner(decoder, cache),
+        ModelRunner.recorded("auto", decoder, cache),
         settings=settings,
         max_model_len=96,
         eos_token_ids=read_eos_token_ids(artifact),

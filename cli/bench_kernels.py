@@ -1,0 +1,109 @@
+"""`infopt bench kernels`."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from infopt.cli import options as opt
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from infopt.core.reports.kernels import KernelsReport
+
+
+def kernels(
+    rows: Annotated[
+        str | None,
+        typer.Option("--rows", metavar="LIST", help="Of inputs.", show_default="1,8,64,512"),
+    ] = None,
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            "--shapes",
+            metavar="LIST",
+            help="Of weights, outputs x inputs.",
+            show_default="2048x2048,8192x2048,2048x8192",
+        ),
+    ] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option("--formats", metavar="LIST", help="Such as bfloat16.", show_default="all"),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", help="Of native kernels and torch's.", show_default="torch's"),
+    ] = None,
+    output: opt.ReportOutput = None,
+    json: opt.Json = None,
+    quiet: opt.Quiet = False,
+    yes: opt.Yes = False,
+) -> None:
+    """Time the native kernels of this CPU beside torch's: time, bytes, share of the limits.
+
+    INFOPT_ISA names the set of instructions. A product that differs from its reference fails.
+
+    Example: infopt bench kernels --rows 1,64 --json -
+    """
+    import sys
+    import time
+    from datetime import UTC, datetime
+
+    from infopt.cli.screen import Screen
+    from infopt.cli.verb import check_json_target, check_report_folder, keep, show
+    from infopt.core.bench.kernels import ROWS, SHAPES, bench_kernels, kernels_right
+    from infopt.core.reports.environment import making
+
+    check_json_target(json)
+    check_report_folder(output, replace=yes)
+    settings: dict[str, Any] = {
+        "rows": [_count(word) for word in rows.split(",")] if rows else ROWS,
+        "shapes": [_shape(word) for word in shapes.split(",")] if shapes else SHAPES,
+        "formats": [word.strip() for word in formats.split(",")] if formats else None,
+        "threads": threads,
+    }
+    with Screen(quiet=quiet, json_on_stdout=json == "-") as screen:
+        began, started = datetime.now(UTC), time.perf_counter()
+        report = bench_kernels(**settings, progress=screen.progress)
+        seconds = time.perf_counter() - started
+        made = making(
+            argv=tuple(sys.argv), settings=settings, created=began, seconds=seconds, device="cpu"
+        )
+        report = report.model_copy(update={"made": made})
+        keep(report, output)
+        show(screen, report, json)
+    kernels_right(report)
+
+
+def _count(word: str) -> int:
+    from infopt.core.errors import UsageError
+
+    if not word.strip().isdigit() or int(word) < 1:
+        raise UsageError(f"{word.strip()!r} is no number of rows", "such as --rows 1,8,64")
+    return int(word)
+
+
+def _shape(word: str) -> tuple[int, int]:
+    from infopt.core.errors import UsageError
+
+    sides = word.strip().split("x")
+    if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides):
+        raise UsageError(f"{word.strip()!r} is no shape", "such as --shapes 4096x1024")
+    if int(sides[1]) % 64:
+        raise UsageError(f"{word.strip()!r}: inputs must be a multiple of 64", None)
+    return int(sides[0]), int(sides[1])
+
+
+def kernels_table(report: "KernelsReport") -> "RenderableType":
+    from rich.table import Table
+
+    from infopt.core.reports.kernel_sections import HEADINGS, cells
+
+    read = report.read_bytes_per_s / 1e9
+    title = f"native kernels ({report.isa}, {report.threads} threads); reading {read:.1f} GB/s"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for number, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    for row in report.rows:
+        table.add_row(*cells(row), style="" if row.right else "red")
+    return table

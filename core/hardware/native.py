@@ -1,0 +1,59 @@
+"""Whose kernels a CPU runs: the native ones, where they were built, or torch's."""
+
+import os
+
+from infopt.core.errors import UnsupportedError, UsageError
+from infopt.core.hardware.choose import choose_device
+from infopt.core.progress import Progress, ProgressCallback
+from infopt.kernels.cpu.native import Native, NativeError, NoLibraryError, load
+
+KERNELS_VARIABLE = "INFOPT_KERNELS"
+WORDS = ("auto", "native", "torch")
+
+
+def wanted_kernels(word: str) -> str:
+    """`word`, or for 'auto' what INFOPT_KERNELS says; raises UsageError for another word."""
+    said = os.environ.get(KERNELS_VARIABLE) or "auto"
+    if said not in WORDS:
+        raise UsageError(f"{KERNELS_VARIABLE}={said} is not known", f"known: {', '.join(WORDS)}")
+    return said if word == "auto" else word
+
+
+def find_native(word: str) -> Native | None:
+    """The native kernels for 'auto', 'native' or 'torch'; None where torch's are used.
+
+    Raises UsageError for a set of instructions (INFOPT_ISA) that is not to be had, and
+    UnsupportedError where 'native' is demanded of an infopt that was built without them.
+    """
+    wanted = wanted_kernels(word)
+    if wanted == "torch":
+        return None
+    try:
+        return load()
+    except NoLibraryError as error:
+        if wanted == "native":
+            raise UnsupportedError(
+                str(error), "install a C++ compiler, then infopt anew; or --kernels torch"
+            ) from error
+        return None
+    except NativeError as error:
+        raise UsageError(str(error)) from error
+
+
+def tell_native(word: str, device: str, progress: ProgressCallback) -> None:
+    """One line, as a warning, where a CPU would use native kernels and infopt has none."""
+    if choose_device(device) == "cpu" and (note := native_notice(word)) is not None:
+        progress(Progress("warning", note=note))
+
+
+def native_notice(word: str) -> str | None:
+    """What is to be said where the native kernels are wanted and missing."""
+    if wanted_kernels(word) != "auto":
+        return None
+    try:
+        load()
+    except NoLibraryError as error:
+        return f"{error}: torch's are used, which are slower (install a C++ compiler, then infopt)"
+    except NativeError:
+        return None  # refused where they are loaded
+    return None

@@ -1,0 +1,151 @@
+"""Native or torch: what each projection of a decoder becomes once it is whole."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from infopt.core.errors import ResourceError
+from infopt.core.hardware.kernel_choices import KernelChoices, load_choices, store_choices
+from infopt.core.hardware.native import find_native, wanted_kernels
+from infopt.core.hardware.probe import probe
+from infopt.core.layers.fuse import SideBySide
+from infopt.core.layers.int8 import Int8Linear
+from infopt.core.layers.linear import Linear, Projection
+from infopt.core.layers.native import NativeGroups, NativeInt8, NativeLinear
+from infopt.core.layers.quantized import QuantizedLinear, in_tiles
+from infopt.core.layers.rounded import RoundedLinear
+from infopt.kernels.cpu.dense import pack_dense, packable
+from infopt.kernels.cpu.groups import pack_groups, packable_groups
+from infopt.kernels.cpu.int8 import INPUTS, Grid, pack_int8
+from infopt.kernels.cpu.native import Native
+from infopt.kernels.gemm.integers import IntegerRows
+
+# A token, and a batch or a piece of a prompt: what is won at one must not be lost at the other.
+_ROWS = (1, 32)
+_RUNS = 3
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(slots=True)
+class NativeChoice:
+    """Gives a projection the native form of its weight, where that is possible and not slower."""
+
+    native: Native
+    dtype: torch.dtype
+    """Of inputs and results; without native products in float16."""
+    measured: KernelChoices | None
+    """What was measured so far; None: native wherever it is possible."""
+    compare: Callable[[Projection, Projection, int, torch.dtype], bool] = field(
+        default_factory=lambda: native_is_faster
+    )
+    found: int = 0
+    """How many shapes were measured anew."""
+
+    def settle(self, projection: Projection) -> Projection:
+        """The projection itself, its native form, or torch's best one."""
+        match projection:
+            case Linear() if packable(projection.weight):
+                return self._dense(projection)
+            case QuantizedLinear():
+                return self._groups(projection)
+            case Int8Linear() if _roundable(projection):
+                return self._int8(projection)
+            case RoundedLinear():
+                return replace(projection, linear=self.settle(projection.linear))
+            case SideBySide():
+                return replace(projection, parts=tuple(map(self.settle, projection.parts)))
+        return projection
+
+    def _dense(self, linear: Linear) -> Projection:
+        native = NativeLinear(self.native, pack_dense(linear.weight), _bias(linear.bias))
+        return native if self._takes("dense", linear, native, linear.weight.shape) else linear
+
+    def _groups(self, linear: QuantizedLinear) -> Projection:
+        weight = linear.weight
+        torchs = linear if self.dtype != torch.bfloat16 else in_tiles(linear)
+        if not isinstance(weight, IntegerRows) or not packable_groups(
+            weight.bits, weight.inputs, weight.scales.shape[1]
+        ):
+            return torchs
+        codes = weight.codes(slice(0, weight.shape[0]), linear.scratch)
+        packed = pack_groups(codes, weight.scales, weight.zeros, weight.bits)
+        native = NativeGroups(self.native, packed, _bias(linear.bias), linear.columns)
+        form = f"W{weight.bits}A16 g{packed.group}{'' if packed.zeros is None else ' zeros'}"
+        return native if self._takes(form, torchs, native, weight.shape) else torchs
+
+    def _int8(self, linear: Int8Linear) -> Projection:
+        form, fixed = linear.activation, linear.input_scale
+        fixed = None if form.dynamic or fixed is None else fixed.reshape(1).float()
+        grid = Grid(form.largest, 1 << (form.bits - 1), fixed)
+        packed = pack_int8(linear.codes, linear.scales)
+        native = NativeInt8(self.native, packed, grid, _bias(linear.bias))
+        return native if self._takes("W8A8", linear, native, linear.codes.shape) else linear
+
+    def _takes(
+        self, form: str, torchs: Projection, native: Projection, shape: Sequence[int]
+    ) -> bool:
+        if self.measured is None:
+            return True
+        key = f"{form} {shape[0]}x{shape[1]}"
+        if key not in self.measured.chosen:
+            faster = self.compare(torchs, native, shape[1], self.dtype)
+            chosen = {**self.measured.chosen, key: "native" if faster else "torch"}
+            self.measured = self.measured.model_copy(update={"chosen": chosen})
+            self.found += 1
+        return self.measured.chosen[key] == "native"
+
+    def keep(self) -> None:
+        """Store what was measured, for the next load; on a full disk that measures again."""
+        if self.measured is not None and self.found:
+            try:
+                store_choices(self.measured)
+            except ResourceError:
+                return
+
+
+def _bias(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float().contiguous()
+
+
+def _roundable(linear: Int8Linear) -> bool:
+    """Outliers are torch's to sum."""
+    return linear.activation.outlier_threshold is None and linear.codes.shape[1] <= INPUTS
+
+
+def native_choice(
+    word: str, device: torch.device, dtype: torch.dtype, *, deterministic: bool
+) -> NativeChoice | None:
+    """For 'auto', 'native' or 'torch'; None where torch computes everything.
+
+    A deterministic engine never depends on what was measured. Raises as `find_native`.
+    """
+    if device.type != "cpu" or dtype not in _DTYPES or (native := find_native(word)) is None:
+        return None
+    if wanted_kernels(word) == "native" or deterministic:
+        return NativeChoice(native, dtype, None)
+    versions = f"torch {torch.__version__}, native {native.isa} {native.build}"
+    name = str(dtype).removeprefix("torch.")
+    known = load_choices(probe().cpu, name, torch.get_num_threads(), versions)
+    return NativeChoice(native, dtype, known)
+
+
+def native_is_faster(
+    torchs: Projection, native: Projection, inputs: int, dtype: torch.dtype
+) -> bool:
+    """Over a single row and over many, by the product of both ratios of least times."""
+    ratio = 1.0
+    with torch.inference_mode():
+        for rows in _ROWS:
+            x = torch.randn(rows, inputs).to(dtype)
+            times: tuple[list[float], list[float]] = ([], [])
+            for run in range(_RUNS + 1):
+                for projection, kept in zip((torchs, native), times, strict=True):
+                    began = perf_counter()
+                    projection(x)
+                    if run:
+                        kept.append(perf_counter() - began)
+            ratio *= min(times[1]) / min(times[0])
+    return ratio <= 1.0

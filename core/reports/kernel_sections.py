@@ -1,0 +1,39 @@
+"""The page of `infopt bench kernels`: each product beside its limits and torch."""
+
+from infopt.core.reports.kernels import KernelRow, KernelsReport
+from infopt.core.reports.page import Cell, Column, Fact, Facts, Section, Table
+from infopt.core.reports.words import seconds, size
+
+HEADINGS = (
+    "format", "rows", "weight", "time", "moved", "of reading", "of product", "× torch", "error",
+)  # fmt: skip
+
+
+def kernel_sections(report: KernelsReport) -> tuple[Section, ...]:
+    peaks = ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in report.product_flops_per_s.items())
+    facts = Facts(
+        (
+            Fact("instructions", report.isa),
+            Fact("threads", str(report.threads)),
+            Fact("reading", f"{report.read_bytes_per_s / 1e9:.1f} GB/s", "measured"),
+            Fact("torch's products", peaks, "measured"),
+        )
+    )
+    columns = tuple(Column(heading, number > 0) for number, heading in enumerate(HEADINGS))
+    rows = tuple(tuple(Cell(text) for text in cells(row)) for row in report.rows)
+    return (Section("Limits", (facts,)), Section("Products", (Table("", columns, rows),)))
+
+
+def cells(row: KernelRow) -> tuple[str, ...]:
+    """A row in words, under `HEADINGS`."""
+    return (
+        row.format,
+        str(row.m),
+        f"{row.n} × {row.k}",
+        seconds(row.seconds),
+        size(row.bytes),
+        f"{row.of_bandwidth:.0%}",
+        f"{row.of_product:.0%}",
+        f"{row.ratio:.2f}",
+        f"{row.error:.1e}" + ("" if row.right else " WRONG"),
+    )

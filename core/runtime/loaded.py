@@ -1,0 +1,18 @@
+"""A decoder as an engine's settings want it."""
+
+import torch
+
+from infopt.core.artifact.read import Artifact
+from infopt.core.layers.choice import native_choice
+from infopt.core.models.decoder import Decoder
+from infopt.core.models.load import load_decoder
+from infopt.core.recipe.serve import EngineSettings
+
+
+def load_for(
+    settings: EngineSettings, artifact: Artifact, dtype: torch.dtype, device: torch.device
+) -> Decoder:
+    """`load_decoder`, with the kernels that the settings ask for; raises as it and the choice."""
+    fixed = settings.deterministic
+    native = native_choice(settings.kernels, device, dtype, deterministic=fixed)
+    return load_decoder(artifact, dtype, device, deterministic=fixed, native=native)

@@ -1,0 +1,362 @@
+// Attention of queries over a paged cache, query heads that share a key head together.
+//
+// A query's context is cut into pieces, whose results are put together by whoever finishes the
+// last of them: so threads share one long request. How it is cut depends on the context alone.
+#include "../step.h"
+#include "../wide.h"
+
+namespace infopt {
+namespace INFOPT_ISA {
+
+constexpr int64_t TOKENS = 256;  // of one softmax
+constexpr int64_t MOST_PIECES = 64;
+constexpr int64_t AHEAD = 64;  // tokens whose keys are fetched before they are needed
+
+struct Pieces {
+    int64_t first, count, each;
+};
+
+// Of the tokens that a query at `position` sees.
+static inline Pieces pieces_of(int64_t position, int64_t window) {
+    int64_t context = position + 1;
+    int64_t first = window && context > window ? context - window : 0;
+    int64_t seen = context - first;
+    int64_t each = seen <= 1024 ? 64 : TOKENS;
+    while (each * MOST_PIECES < seen) each *= 2;
+    return {first, (seen + each - 1) / each, each};
+}
+
+// How keys and values lie in a cache's row, 2W numbers at a time, in an order that suits: dot
+// products do not mind, and results are put in order again at the end.
+struct Floats {
+    typedef float T;
+    static void pair(const char* row, int64_t i, vf &a, vf &b) {
+        const float* p = reinterpret_cast<const float*>(row) + i;
+        a = load<vf>(p), b = load<vf>(p + W);
+    }
+    static void arrange(vf&, vf&) {}
+    static void restore(vf&, vf&) {}
+};
+
+struct Bfloats {
+    typedef bf16 T;
+    static void pair(const char* row, int64_t i, vf &a, vf &b) {
+        load_even_odd(reinterpret_cast<const bf16*>(row) + i, a, b);
+    }
+    static void arrange(vf& a, vf& b) { part(a, b); }
+    static void restore(vf& a, vf& b) { unpart(a, b); }
+};
+
+struct Bytes {
+    typedef int8_t T;
+    static void pair(const char* row, int64_t i, vf &a, vf &b) {
+        vb low, high;
+        std::memcpy(&low, row + i, sizeof low);
+        std::memcpy(&high, row + i + W, sizeof high);
+        a = __builtin_convertvector(__builtin_convertvector(low, vi), vf);
+        b = __builtin_convertvector(__builtin_convertvector(high, vi), vf);
+    }
+    static void arrange(vf&, vf&) {}
+    static void restore(vf&, vf&) {}
+};
+
+template <class Kv> static inline void pair_of(const char* row, int64_t i, int64_t n, vf &a, vf &b) {
+    if (i + 2 * W <= n) return Kv::pair(row, i, a, b);
+    // Beyond a head's numbers may lie anything, infinities too.
+    typename Kv::T held[2 * W] = {};
+    std::memcpy(held, row + i * sizeof held[0], (n - i) * sizeof held[0]);
+    Kv::pair(reinterpret_cast<const char*>(held), 0, a, b);
+}
+
+constexpr int64_t MOST_DIM = 512;
+
+static inline int64_t padded_dim(int64_t n) { return (n + 31) / 32 * 32; }
+
+// A head's n numbers in pairs' order, zeros behind them.
+template <class Kv>
+static inline void arranged(const float* x, int64_t n, float* to) {
+    for (int64_t i = 0; i < padded_dim(n); i += 2 * W) {
+        vf a, b;
+        pair_of<Floats>(reinterpret_cast<const char*>(x), i < n ? i : n, n, a, b);
+        Kv::arrange(a, b);
+        store(to + i, a);
+        store(to + i + W, b);
+    }
+}
+
+// The other way round, times `scale`.
+template <class Kv>
+static inline void restored(const float* x, int64_t n, float scale, float* to) {
+    for (int64_t i = 0; i < n; i += 2 * W) {
+        vf a = load<vf>(x + i) * scale, b = load<vf>(x + i + W) * scale;
+        Kv::restore(a, b);
+        float held[2 * W];
+        store(held, a);
+        store(held + W, b);
+        std::memcpy(to + i, held, (n - i < 2 * W ? n - i : 2 * W) * 4);
+    }
+}
+
+// Where keys and values of the tokens [from, to) of a request begin.
+static inline void find_rows(const AttendArgs& a, int64_t row, int64_t kv, int64_t from, int64_t to,
+                             const char** keys, const char** values) {
+    const int32_t* table = a.tables + a.owners[row] * a.width + from / a.block_size;
+    const int64_t token = 2 * a.kv_heads * a.row_bytes;
+    int64_t within = from % a.block_size;
+    const char* block = nullptr;
+    for (int64_t t = 0; t < to - from; t++, within++) {
+        if (within == a.block_size) within = 0, block = nullptr;
+        if (!block) block = static_cast<const char*>(a.cache) + *table++ * a.block_size * token;
+        keys[t] = block + within * token + kv * a.row_bytes;
+        values[t] = keys[t] + a.kv_heads * a.row_bytes;
+    }
+}
+
+// s[g][t] = q[g] . keys[t] for G heads; keys are padded by AHEAD tokens, s to a multiple of W.
+// Values are fetched on the way: they are needed next.
+template <class Kv, int G>
+static inline void dot(const float* q, int64_t stride, const char* const* keys, int64_t to_values,
+                       int64_t tokens, int64_t n, float* s) {
+    for (int64_t t = 0; t < tokens; t += W) {
+        vf held[G][W];
+        for (int j = 0; j < W; j++) {
+            const char* row = keys[t + j];
+            for (int64_t b = 0; b < n * (int64_t)sizeof(typename Kv::T); b += 64) {
+                __builtin_prefetch(keys[t + j + AHEAD] + b);
+                __builtin_prefetch(row + to_values + b);
+            }
+            vf total[G] = {};
+            for (int64_t i = 0; i < n; i += 2 * W) {
+                vf a, b;
+                pair_of<Kv>(row, i, n, a, b);
+                for (int g = 0; g < G; g++)
+                    total[g] += a * load<vf>(q + g * stride + i) + b * load<vf>(q + g * stride + i + W);
+            }
+            for (int g = 0; g < G; g++) held[g][j] = total[g];
+        }
+        for (int g = 0; g < G; g++) store(s + g * TOKENS + t, sums(held[g]));
+    }
+}
+
+// out[g] += sum over t of p[g][t] * values[t], in pairs' order.
+template <class Kv, int G>
+static inline void mix(const float* p, const char* const* values, int64_t tokens, int64_t n,
+                       float* out, int64_t stride) {
+    constexpr int WIDE = W == 16 ? 2 : 1;
+    for (int64_t i = 0; i < n; i += 2 * W * WIDE) {
+        vf total[G][2 * WIDE];
+        bool both = WIDE == 2 && i + 2 * W < n;
+        for (int g = 0; g < G; g++)
+            for (int w = 0; w < 2 * WIDE; w++)
+                total[g][w] = w < 2 || both ? load<vf>(out + g * stride + i + w * W) : vf{};
+        for (int64_t t = 0; t < tokens; t++) {
+            vf v[2 * WIDE] = {};
+            pair_of<Kv>(values[t], i, n, v[0], v[1]);
+            if constexpr (WIDE == 2)
+                if (both) pair_of<Kv>(values[t], i + 2 * W, n, v[2], v[3]);
+            for (int g = 0; g < G; g++)
+                for (int w = 0; w < 2 * WIDE; w++) total[g][w] += p[g * TOKENS + t] * v[w];
+        }
+        for (int g = 0; g < G; g++)
+            for (int w = 0; w < 2 * WIDE; w++)
+                if (w < 2 || both) store(out + g * stride + i + w * W, total[g][w]);
+    }
+}
+
+// Scores become weights, in place; returns their sum. What is beyond `tokens` is cleared.
+static inline float weigh(float* s, int64_t tokens, float scale, float cap, float &most) {
+    int64_t padded = (tokens + W - 1) / W * W;
+    for (int64_t t = tokens; t < padded; t++) s[t] = s[0];
+    vf high = splat(-INFINITY);
+    for (int64_t t = 0; t < padded; t += W) {
+        vf x = load<vf>(s + t) * scale;
+        if (cap != 0) x = cap * hyperbolic_tangent(x / cap);
+        store(s + t, x);
+        high = larger(x, high);
+    }
+    float found = largest(high);
+    most = found > most ? found : most;
+    vf total{};
+    for (int64_t t = 0; t < padded; t += W) {
+        vf e = exponential(load<vf>(s + t) - most);
+        if (t + W > tokens)
+            for (int j = 0; j < W; j++)
+                if (t + j >= tokens) e[j] = 0;
+        store(s + t, e);
+        total += e;
+    }
+    return sum(total);
+}
+
+// For G heads of one key head: largest score, sum of weights, weighted values (in pairs' order).
+template <class Kv, int G>
+static void piece(const AttendArgs &a, const float* q, int64_t stride, const char* const* keys,
+                  const char* const* values, const float* scales, int64_t tokens, bool first,
+                  float* most, float* weight, float* out) {
+    alignas(64) float s[G * TOKENS];
+    dot<Kv, G>(q, stride, keys, a.kv_heads * a.row_bytes, tokens, a.head_dim, s);
+    for (int g = 0; g < G; g++) {
+        float* own = s + g * TOKENS, before = most[g];
+        if (scales)
+            for (int64_t t = 0; t < tokens; t++) own[t] *= scales[t];
+        float found = weigh(own, tokens, a.scale, a.cap, most[g]);
+        if (first) {
+            weight[g] = found;
+        } else {
+            float faded = exponential(splat(before - most[g]))[0];
+            weight[g] = weight[g] * faded + found;
+            for (int64_t i = 0; i < stride; i++) out[g * stride + i] *= faded;
+        }
+        if (scales)
+            for (int64_t t = 0; t < tokens; t++) own[t] *= scales[TOKENS + t];
+    }
+    mix<Kv, G>(s, values, tokens, a.head_dim, out, stride);
+}
+
+// One piece of one row's context for the query heads [0, group) of a key head.
+template <class Kv>
+static void attend_piece(const AttendArgs &a, int64_t row, int64_t kv, int64_t from, int64_t to,
+                         float* found) {
+    int64_t group = a.heads / a.kv_heads, n = a.head_dim, stride = padded_dim(n);
+    const char *keys[TOKENS + AHEAD], *values[TOKENS + AHEAD];
+    float scales[2 * TOKENS];
+    bool scaled = sizeof(typename Kv::T) == 1;
+    for (int64_t start = from; start < to; start += TOKENS) {
+        int64_t tokens = to - start < TOKENS ? to - start : TOKENS;
+        find_rows(a, row, kv, start, start + tokens, keys, values);
+        for (int64_t t = 0; scaled && t < tokens; t++) {
+            std::memcpy(scales + t, keys[t] + a.row_bytes - 4, 4);
+            std::memcpy(scales + TOKENS + t, values[t] + a.row_bytes - 4, 4);
+        }
+        // Beyond the piece stand the next head's keys, which are likely to be needed next.
+        for (int64_t t = 0; t < AHEAD; t++)
+            keys[tokens + t] = keys[t < tokens ? t : tokens - 1] + a.row_bytes;
+        for (int64_t g = 0; g < group;) {
+            int64_t some = group - g < 4 ? group - g : 4;
+            alignas(64) float q[4 * MOST_DIM];
+            const float* given = a.qkv + (row * (a.heads + 2 * a.kv_heads) + kv * group + g) * n;
+            for (int64_t h = 0; h < some; h++) arranged<Kv>(given + h * n, n, q + h * stride);
+            float *most = found + g, *weight = found + group + g;
+            float* out = found + 2 * group + g * stride;
+            const float* both = scaled ? scales : nullptr;
+            bool first = start == from;
+            switch (some) {
+                case 1: piece<Kv, 1>(a, q, stride, keys, values, both, tokens, first, most, weight, out); break;
+                case 2: piece<Kv, 2>(a, q, stride, keys, values, both, tokens, first, most, weight, out); break;
+                case 3: piece<Kv, 3>(a, q, stride, keys, values, both, tokens, first, most, weight, out); break;
+                default: piece<Kv, 4>(a, q, stride, keys, values, both, tokens, first, most, weight, out);
+            }
+            g += some;
+        }
+    }
+}
+
+// Put the pieces of one row and key head together, in their order.
+template <class Kv>
+static void join(const AttendArgs &a, int64_t row, int64_t kv, const float* parts, int64_t count,
+                 int64_t size) {
+    int64_t group = a.heads / a.kv_heads, n = a.head_dim, stride = padded_dim(n);
+    for (int64_t g = 0; g < group; g++) {
+        float most = -INFINITY, weight = 0;
+        for (int64_t p = 0; p < count; p++) {
+            float own = parts[p * size + g];
+            most = own > most ? own : most;
+        }
+        alignas(64) float total[MOST_DIM] = {};
+        for (int64_t p = 0; p < count; p++) {
+            const float *part = parts + p * size, *out = part + 2 * group + g * stride;
+            float faded = exponential(splat(part[g] - most))[0];
+            weight += faded * part[group + g];
+            for (int64_t i = 0; i < stride; i++) total[i] += faded * out[i];
+        }
+        float* to = a.out + (row * a.heads + kv * group + g) * n;
+        restored<Kv>(total, n, 1.0f / weight, to);
+        if (a.rounded)
+            round_row(to, a.rounded + row * a.rounded_stride + (to - a.out) % (a.heads * n), n);
+    }
+}
+
+#include "../chunks.h"
+
+// The rows of one request that stand behind one another: taken in chunks, or, where they are few,
+// each by itself, in at most so many pieces.
+struct Group {
+    int64_t begin, end, pieces, chunk;
+
+    Group(const AttendArgs& a, int64_t row) : begin(row), end(row), pieces(0), chunk(0) {
+        for (; end < *a.rows && a.owners[end] == a.owners[row]; end++) {
+            const int64_t count = pieces_of(a.positions[end], a.window).count;
+            if (count > pieces) pieces = count;
+        }
+        const int64_t most = kMostVectors * a.kv_heads / a.heads;
+        if (end - begin >= kChunk && most > 0) chunk = most;
+    }
+
+    int64_t items(const AttendArgs& a) const {
+        const int64_t rows = end - begin;
+        return (chunk ? (rows + chunk - 1) / chunk : rows * pieces) * a.kv_heads;
+    }
+};
+
+template <class Kv>
+static void attend_item(const AttendArgs& a, int64_t row, int64_t alone, int64_t number, int64_t kv) {
+    const int64_t group = a.heads / a.kv_heads, size = group * (padded_dim(a.head_dim) + 2);
+    const Pieces cut = pieces_of(a.positions[row], a.window);
+    if (number >= cut.count) return;
+    const int64_t from = cut.first + number * cut.each, last = a.positions[row] + 1;
+    const int64_t to = from + cut.each < last ? from + cut.each : last;
+    float* parts = a.parts + (alone * a.kv_heads + kv) * a.splits * size;
+    float* own = parts + number * size;
+    for (int64_t g = 0; g < group; g++) own[g] = -INFINITY;
+    std::memset(own + group, 0, (size - group) * 4);
+    attend_piece<Kv>(a, row, kv, from, to, own);
+    int32_t* done = a.done + alone * a.kv_heads + kv;
+    if (__atomic_add_fetch(done, 1, __ATOMIC_ACQ_REL) == cut.count) {
+        join<Kv>(a, row, kv, parts, cut.count, size);
+        __atomic_store_n(done, 0, __ATOMIC_RELAXED);
+    }
+}
+
+template <class Kv>
+static void attend_rows(const AttendArgs& a, int64_t part, int64_t parts) {
+    int64_t all = 0, item = 0, alone = 0;
+    for (int64_t row = 0; row < *a.rows;) {
+        const Group rows(a, row);
+        all += rows.items(a);
+        row = rows.end;
+    }
+    const Share own(all, 1, part, parts);
+    for (int64_t row = 0; row < *a.rows && item < own.end;) {
+        const Group rows(a, row);
+        const int64_t count = rows.end - rows.begin, end = item + rows.items(a);
+        for (int64_t i = item > own.begin ? item : own.begin; i < end && i < own.end; i++) {
+            // A piece of the context for all rows before the next: it is then still in the cache.
+            // Key heads that lie beside one another come one after the other.
+            const int64_t at = i - item, kv = at % a.kv_heads, rest = at / a.kv_heads;
+            if (rows.chunk) {
+                const int64_t begin = rows.begin + rest * rows.chunk, stop = begin + rows.chunk;
+                attend_chunk<Kv>(a, {begin, stop < rows.end ? stop : rows.end, kv});
+                continue;
+            }
+            attend_item<Kv>(a, rows.begin + rest % count, alone + rest % count, rest / count, kv);
+        }
+        item = end;
+        row = rows.end;
+        if (!rows.chunk) alone += count;
+    }
+}
+
+static void attend(const void* given, int64_t part, int64_t parts) {
+    const AttendArgs &a = *static_cast<const AttendArgs*>(given);
+    if (a.kind == FLOAT32) return attend_rows<Floats>(a, part, parts);
+    if (a.kind == BFLOAT16) return attend_rows<Bfloats>(a, part, parts);
+    return attend_rows<Bytes>(a, part, parts);
+}
+
+extern const Entry attention_ops[] = {
+    {"attend", attend, sizeof(AttendArgs)},
+    {nullptr, nullptr, 0},
+};
+
+}  // namespace INFOPT_ISA
+}  // namespace infopt

@@ -1,0 +1,33 @@
+"""`infopt bench kernels` as scripts meet it."""
+
+import json
+
+import pytest
+
+from infopt.cli.main import run_app
+from infopt.kernels.cpu.native import NativeError, load
+
+
+def test_json_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        load()
+    except NativeError as error:
+        pytest.skip(str(error))
+    words = "bench kernels --rows 1 --shapes 64x64 --formats bfloat16,W8A8 --threads 1 --json -"
+    assert run_app(words.split()) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["command"] == "kernels" and report["threads"] == 1
+    assert [row["format"] for row in report["rows"]] == ["bfloat16", "W8A8"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--rows 0", "no number of rows"),
+        ("--shapes 64", "no shape"),
+        ("--shapes 64x65", "multiple of 64"),
+    ],
+)
+def test_what_cannot_be_measured(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(["bench", "kernels", *words.split()]) == 2
+    assert said in capsys.readouterr().err
