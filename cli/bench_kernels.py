@@ -1,15 +1,10 @@
 """`infopt bench kernels`."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from infopt.cli import options as opt
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from infopt.core.reports.kernels import KernelsReport
 
 
 def kernels(
@@ -92,18 +87,3 @@ def _shape(word: str) -> tuple[int, int]:
     if int(sides[1]) % 64:
         raise UsageError(f"{word.strip()!r}: inputs must be a multiple of 64", None)
     return int(sides[0]), int(sides[1])
-
-
-def kernels_table(report: "KernelsReport") -> "RenderableType":
-    from rich.table import Table
-
-    from infopt.core.reports.kernel_sections import HEADINGS, cells
-
-    read = report.read_bytes_per_s / 1e9
-    title = f"native kernels ({report.isa}, {report.threads} threads); reading {read:.1f} GB/s"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for number, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
-    for row in report.rows:
-        table.add_row(*cells(row), style="" if row.right else "red")
-    return table

@@ -1,10 +1,12 @@
-"""Comparisons and checks as people read them."""
+"""Comparisons, checks and kernels as people read them."""
 
 from typing import TYPE_CHECKING
 
 from infopt.core.reports.check import CheckedLimit, CheckReport
 from infopt.core.reports.compare import CompareReport
 from infopt.core.reports.compare_sections import change, figure_name, figure_value
+from infopt.core.reports.kernel_sections import HEADINGS, cells
+from infopt.core.reports.kernels import KernelsReport
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -64,3 +66,16 @@ def _words(limit: CheckedLimit) -> str:
     before = figure_value(limit.key, limit.baseline)
     told = f" (baseline {before})" if limit.baseline is not None else ""
     return f"{'holds' if limit.holds else 'MISSED'}{told}"
+
+
+def kernels_table(report: KernelsReport) -> "RenderableType":
+    from rich.table import Table
+
+    read = report.read_bytes_per_s / 1e9
+    title = f"native kernels ({report.isa}, {report.threads} threads); reading {read:.1f} GB/s"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for number, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    for row in report.rows:
+        table.add_row(*cells(row), style="" if row.right else "red")
+    return table

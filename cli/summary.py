@@ -3,9 +3,8 @@
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from infopt.cli.bench_kernels import kernels_table
 from infopt.cli.bench_summary import bench_rows
-from infopt.cli.compared import check_table, compare_table
+from infopt.cli.compared import check_table, compare_table, kernels_table
 from infopt.cli.compressed import distill_rows, kv_heads_rows, medusa_rows, prune_rows
 from infopt.cli.profiled import profile_rows
 from infopt.core.reports.bench import BenchReport

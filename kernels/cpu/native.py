@@ -117,11 +117,12 @@ def load(isa: str | None = None, file: Path = _FILE) -> Native:
 
 @cache
 def _library(file: Path) -> ctypes.CDLL:
+    if not file.exists():
+        raise NoLibraryError("the native kernels were not built")
     try:
         library = ctypes.CDLL(str(file))
     except OSError as error:
-        built = "cannot be loaded" if file.exists() else "were not built"
-        raise NoLibraryError(f"the native kernels {built} ({error})") from error
+        raise NoLibraryError(f"the native kernels cannot be loaded ({error})") from error
     library.infopt_usable.restype = c_int
     library.infopt_op.argtypes = (c_int, c_char_p, c_int64)
     library.infopt_op.restype = c_void_p
