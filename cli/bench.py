@@ -59,6 +59,7 @@ def bench(
     prefix_disk: opt.PrefixDisk = None,
     prefix_disk_bytes: opt.PrefixDiskBytes = None,
     deterministic: opt.Deterministic = None,
+    threads: opt.Threads = None,
     kernels: opt.Kernels = None,
     recipe: opt.RecipeFile = None,
     output: opt.ReportOutput = None,

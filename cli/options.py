@@ -181,6 +181,12 @@ KvDType = Annotated[
         show_default="auto",
     ),
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", help="Of a CPU's products.", show_default="one for each core", metavar="N"
+    ),
+]
 Kernels = Annotated[
     KernelsWord | None,
     typer.Option(

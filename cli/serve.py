@@ -51,6 +51,7 @@ def serve(
     prefix_disk: opt.PrefixDisk = None,
     prefix_disk_bytes: opt.PrefixDiskBytes = None,
     deterministic: opt.Deterministic = None,
+    threads: opt.Threads = None,
     kernels: opt.Kernels = None,
     api_key_file: Annotated[
         str | None,
@@ -201,6 +202,7 @@ def serve(
         "prefix_disk": prefix_disk,
         "prefix_disk_bytes": prefix_disk_bytes,
         "deterministic": deterministic,
+        "threads": threads,
         "kernels": kernels,
         "api_key_file": api_key_file,
         "max_queued_requests": max_queued_requests,

@@ -56,6 +56,8 @@ class EngineSettings(Settings):
     """Longest prompt plus output; default: the model's own limit."""
     deterministic: bool = False
     """A request's tokens do not depend, by a single bit, on the others or on its chunks; slower."""
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    """Of a CPU's products; default: OMP_NUM_THREADS, else one for each core."""
     kernels: Kernels = "auto"
     """Whose products a CPU computes; auto: what INFOPT_KERNELS says, else for each shape the
     faster, native where that was not measured."""

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -65,5 +66,7 @@ def _device_name(machine: Machine, device: str) -> str:
 
 
 def _threads(machine: Machine) -> int:
+    if (torch := sys.modules.get("torch")) is not None:  # what computed knows best
+        return int(torch.get_num_threads())
     asked = os.environ.get(_THREADS, "")
     return int(asked) if asked.isdigit() else machine.physical_cores

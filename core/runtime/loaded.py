@@ -12,7 +12,12 @@ from infopt.core.recipe.serve import EngineSettings
 def load_for(
     settings: EngineSettings, artifact: Artifact, dtype: torch.dtype, device: torch.device
 ) -> Decoder:
-    """`load_decoder`, with the kernels that the settings ask for; raises as it and the choice."""
+    """`load_decoder`, with the kernels that the settings ask for; raises as it and the choice.
+
+    The threads that they ask for are the whole process's from now on.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
     fixed = settings.deterministic
     native = native_choice(settings.kernels, device, dtype, deterministic=fixed)
     return load_decoder(artifact, dtype, device, deterministic=fixed, native=native)

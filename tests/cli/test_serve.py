@@ -19,7 +19,7 @@ OTHERS: list[dict[str, Any]] = [
     {"block_size": 32, "kv_blocks": 99, "max_batch_tokens": 64, "max_chunk_tokens": 32},
     {"max_running": 3, "max_model_len": 128, "watermark": 0.2, "port": 0, "model_name": "m"},
     {"host": "::1", "device": "cpu", "dtype": "float32", "seed": 7},
-    {"kv_dtype": "int8", "deterministic": True, "kernels": "torch"},
+    {"kv_dtype": "int8", "deterministic": True, "kernels": "torch", "threads": 1},
     {"prefix_disk": "some/where", "prefix_disk_bytes": 2**20},
     {"tool_parser": "llama3-json", "pooling": "last"},
     {

@@ -10,6 +10,7 @@ from infopt.core.errors import UnsupportedError
 from infopt.core.hardware import native as module
 from infopt.core.layers.native import NativeEmbedding, NativeLinear
 from infopt.core.recipe.serve import EngineSettings
+from infopt.core.reports.environment import environment
 from infopt.core.runtime.llm import LLM
 from infopt.core.runtime.loaded import load_for
 from infopt.core.runtime.request import SamplingParams
@@ -63,3 +64,14 @@ def test_native_kernels_that_are_demanded_and_missing(
         load_for(EngineSettings(kernels="native"), artifact, torch.float32, cpu)
     decoder = load_for(EngineSettings(), artifact, torch.float32, cpu)
     assert not isinstance(decoder.head, NativeLinear)
+
+
+def test_threads_are_those_that_are_asked_for(tiny_model: Path) -> None:
+    artifact, before = read_artifact(tiny_model), torch.get_num_threads()
+    try:
+        for threads in (2, 1):
+            settings = EngineSettings(kernels="torch", threads=threads)
+            load_for(settings, artifact, torch.float32, torch.device("cpu"))
+            assert torch.get_num_threads() == threads == environment("cpu").threads
+    finally:
+        torch.set_num_threads(before)
