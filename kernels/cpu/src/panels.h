@@ -17,7 +17,7 @@ constexpr int kMost = 12;
 constexpr int kMost = 4;
 #endif
 // How far ahead weights are fetched, in bytes.
-constexpr std::int64_t kAhead = 4096;
+constexpr std::int64_t kAhead = 8192;
 // Rows, and bytes of them, that stay in the second-level cache while panel after panel meets them.
 constexpr std::int64_t kBlockRows = 20 * kMost;
 constexpr std::int64_t kBlockBytes = 512 * 1024;

@@ -81,7 +81,11 @@ static inline vf load_as(const void* from, std::int64_t at, std::int32_t type) {
     return type == kBFloat16 ? widen(half) : widen_half(half);
 }
 
-static inline void prefetch(const void* at) { __builtin_prefetch(at, 0, 3); }
+// Fetches what will be met `Rows` times or more: by one row once, so that it need not stay.
+template <int Rows>
+static inline void prefetch(const void* at) {
+    __builtin_prefetch(at, 0, Rows == 1 ? 0 : 3);
+}
 
 }  // namespace INFOPT_ISA
 }  // namespace infopt

@@ -29,7 +29,7 @@ static inline void chunk(const Args& args, std::int64_t begin, std::int64_t end,
         for (int v = 0; v < V; ++v)
             sums[r][v] = begin == 0 ? Vector{} : load<Vector>(kept[row + r] + (first + v) * kLanes);
     for (std::int64_t unit = begin; unit < end; ++unit, w += kPanel * 4) {
-        for (int v = 0; v < V * kLanes / 16; ++v) prefetch(w + v * 64 + kAhead);
+        for (int v = 0; v < V * kLanes / 16; ++v) prefetch<R>(w + v * 64 + kAhead);
         Form::add(sums, w, x, unit * 4);
     }
 #pragma GCC unroll 12

@@ -18,7 +18,7 @@ static void read(const void* raw, std::int64_t part, std::int64_t parts) {
     std::int64_t i = share.begin;
     for (; i + 8 * kWords <= share.end; i += 8 * kWords)
         for (int j = 0; j < 8; ++j) {
-            prefetch(args.words + i + j * kWords + 512);
+            prefetch<1>(args.words + i + j * kWords + 1024);
             sums[j] += load<v8>(args.words + i + j * kWords);
         }
     std::uint64_t total = 0;

@@ -194,7 +194,7 @@ static inline void chunk(const GroupsArgs& args, const Place& place, const Table
     for (std::int64_t k = place.begin; k < place.end; k += args.group) {
         vf sums[R][V] = {};
         for (std::int64_t in = 0; in < args.group; in += kBlock, codes += words) {
-            for (int line = 0; line < 2 * Bits; ++line) prefetch(codes + line * 32 + kAhead / 2);
+            for (int line = 0; line < 2 * Bits; ++line) prefetch<R>(codes + line * 32 + kAhead / 2);
 #if defined(__AVX512BF16__)
             add_block<Bits, R>(T{}, reinterpret_cast<__m512(&)[R][2]>(sums), tables, codes, x, k + in);
 #else
