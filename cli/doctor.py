@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # The package that tells whether an extra is installed, and what it is for.
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "serve": (("fastapi", "uvicorn", "zmq", "msgpack", "prometheus_client"), "infopt serve"),
+    "otel": (("opentelemetry.sdk", "opentelemetry.exporter"), "infopt serve --otlp-endpoint"),
     "triton": (("triton",), "GPU kernels"),
     "compat": (
         ("gptqmodel", "optimum", "compressed_tensors", "bitsandbytes"),
@@ -53,7 +54,7 @@ def examine(screen: "Screen") -> "DoctorReport":
         cache=str(cache_directory()),
         device=device,
         dtype=choose_dtype("auto", device),
-        findings=(*_machine(machine), _torch(), *_extras()),
+        findings=(*_machine(machine), _torch(), _native(), *_extras()),
         made=_making(),
     )
 
@@ -121,12 +122,25 @@ def _torch() -> "Finding":
     )
 
 
+def _native() -> "Finding":
+    from infopt.core.errors import InfoptError
+    from infopt.core.hardware.native import native_state
+    from infopt.core.reports.doctor import Finding
+
+    try:
+        state, usable = native_state()
+    except InfoptError as error:
+        return Finding(name="kernels", usable=False, detail=error.message, advice=error.hint)
+    advice = None if usable else "install a C++ compiler, then infopt anew"
+    return Finding(name="kernels", usable=usable, detail=state, advice=advice)
+
+
 def _extras() -> list["Finding"]:
     from infopt.core.reports.doctor import Finding
 
     rows = []
     for extra, (modules, purpose) in EXTRAS.items():
-        missing = [module for module in modules if find_spec(module) is None]
+        missing = [module for module in modules if not _is_there(module)]
         rows.append(
             Finding(
                 name=f"extra {extra}",
@@ -136,3 +150,10 @@ def _extras() -> list["Finding"]:
             )
         )
     return rows
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it is in
+        return False

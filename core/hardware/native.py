@@ -40,6 +40,21 @@ def find_native(word: str) -> Native | None:
         raise UsageError(str(error)) from error
 
 
+def native_state() -> tuple[str, bool]:
+    """What engines on a CPU would use, in words, and whether those are the native kernels.
+
+    Raises UsageError for words in INFOPT_KERNELS and INFOPT_ISA that are not to be had.
+    """
+    if wanted_kernels("auto") == "torch":
+        return f"torch's, as {KERNELS_VARIABLE} says", True
+    try:
+        return f"native, {load().isa}", True
+    except NoLibraryError as error:
+        return f"{error}: torch's are used, which are slower", False
+    except NativeError as error:
+        raise UsageError(str(error)) from error
+
+
 def tell_native(word: str, device: str, progress: ProgressCallback) -> None:
     """One line, as a warning, where a CPU would use native kernels and infopt has none."""
     if choose_device(device) == "cpu" and (note := native_notice(word)) is not None:

@@ -17,6 +17,23 @@ def refused() -> None:
     raise NativeError("INFOPT_ISA=avx512: this CPU or the build of infopt has portable")
 
 
+def test_the_state_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("INFOPT_ISA", raising=False)
+    monkeypatch.setenv("INFOPT_KERNELS", "torch")
+    assert module.native_state() == ("torch's, as INFOPT_KERNELS says", True)
+    monkeypatch.setenv("INFOPT_KERNELS", "fast")
+    with pytest.raises(UsageError, match="INFOPT_KERNELS=fast"):
+        module.native_state()
+    monkeypatch.delenv("INFOPT_KERNELS")
+
+    def none_built() -> None:
+        raise NoLibraryError("the native kernels were not built")
+
+    monkeypatch.setattr(module, "load", none_built)
+    state, usable = module.native_state()
+    assert "were not built" in state and not usable
+
+
 def test_the_environment_speaks_where_the_settings_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("INFOPT_KERNELS", raising=False)
     assert wanted_kernels("auto") == "auto"
