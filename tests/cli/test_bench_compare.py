@@ -74,10 +74,11 @@ def test_help_of_bench_has_its_options_and_its_subcommands(
     assert "Usage: infopt bench [OPTIONS] [MODEL]" in " ".join(text.split())
     assert "--concurrency" in text
     _, _, commands = text.partition("Commands:")
-    assert [line.split()[0] for line in commands.splitlines() if line] == ["compare", "check"]
+    named = [line.split()[0] for line in commands.splitlines() if line]
+    assert named == ["compare", "check", "kernels"]
 
 
-@pytest.mark.parametrize("command", ["compare", "check"])
+@pytest.mark.parametrize("command", ["compare", "check", "kernels"])
 def test_each_subcommand_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_app(["bench", command, "--help"]) == 0
     text = capsys.readouterr().out
