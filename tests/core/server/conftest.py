@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import (
     AsyncGenerator,
@@ -134,6 +135,21 @@ class Server:
             self.lines += self.process.stdout.read().split("\n")
             self.process.stdout.close()
         return self.process.returncode
+
+
+@pytest.fixture(scope="package", autouse=True)
+def temporary_folder() -> Iterator[Path]:
+    """Where servers have their private folders: others may test servers at the same time.
+
+    Its name is short, for sockets.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="servers-") as folder,
+        pytest.MonkeyPatch.context() as m,
+    ):
+        m.setenv("TMPDIR", folder)
+        m.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -32,9 +31,9 @@ LONG: Any = {
 
 
 @pytest.fixture
-def folders() -> Callable[[], set[Path]]:
+def folders(temporary_folder: Path) -> Callable[[], set[Path]]:
     """The private folders of servers that are there now."""
-    return lambda: set(Path(tempfile.gettempdir()).glob("infopt-*/engine.sock"))
+    return lambda: set(temporary_folder.glob("infopt-*/engine.sock"))
 
 
 def await_true(test: Callable[[], bool], seconds: float = 10) -> None:

@@ -23,7 +23,7 @@ static inline void rows_of(const UnpackedArgs& a, int64_t row, int64_t output) {
     for (; k + 2 * W <= a.inputs; k += 2 * W)
         for (int n = 0; n < N; n++) {
             const T* at = w + n * a.inputs + k;
-            prefetch(reinterpret_cast<const char*>(at) + kAhead);
+            prefetch<M>(reinterpret_cast<const char*>(at) + kAhead);
             const vf low = numbers(at), high = numbers(at + W);
             for (int m = 0; m < M; m++)
                 total[m][n] += low * load<vf>(x + m * a.inputs + k) +
@@ -47,7 +47,7 @@ static inline void columns_of(const UnpackedArgs& a, int64_t row, int64_t output
     for (int64_t k = 0; k < a.inputs; k++) {
         const T* at = w + k * a.outputs;
         for (int n = 0; n < N; n++) {
-            prefetch(at + 4 * a.outputs + n * W);
+            prefetch<M>(at + 4 * a.outputs + n * W);
             const vf own = numbers(at + n * W);
             for (int m = 0; m < M; m++) total[m][n] += x[m * a.inputs + k] * own;
         }
