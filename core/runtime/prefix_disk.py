@@ -118,6 +118,7 @@ class PrefixDisk:
         assert content.shape == self._shape and content.dtype == self._dtype
         name = self._name(digest)
         if name in self._sizes and self._touch(name):
+            self._keep_to_limit()  # another process may have added to what was found since
             return
         try:
             self._write(name, content.contiguous().flatten().view(torch.uint8).numpy().data)
