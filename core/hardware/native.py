@@ -28,14 +28,22 @@ def find_native(word: str) -> Native | None:
     wanted = wanted_kernels(word)
     if wanted == "torch":
         return None
+    found = _loaded()
+    if isinstance(found, Native):
+        return found
+    if wanted == "native":
+        raise UnsupportedError(
+            str(found), "install a C++ compiler, then infopt anew; or --kernels torch"
+        ) from found
+    return None
+
+
+def _loaded() -> Native | NoLibraryError:
+    """The native kernels, or why there are none; raises UsageError for a wrong INFOPT_ISA."""
     try:
         return load()
     except NoLibraryError as error:
-        if wanted == "native":
-            raise UnsupportedError(
-                str(error), "install a C++ compiler, then infopt anew; or --kernels torch"
-            ) from error
-        return None
+        return error
     except NativeError as error:
         raise UsageError(str(error)) from error
 
@@ -47,12 +55,10 @@ def native_state() -> tuple[str, bool]:
     """
     if wanted_kernels("auto") == "torch":
         return f"torch's, as {KERNELS_VARIABLE} says", True
-    try:
-        return f"native, {load().isa}", True
-    except NoLibraryError as error:
-        return f"{error}: torch's are used, which are slower", False
-    except NativeError as error:
-        raise UsageError(str(error)) from error
+    found = _loaded()
+    if isinstance(found, Native):
+        return f"native, {found.isa}", True
+    return f"{found}: torch's are used, which are slower", False
 
 
 def tell_native(word: str, device: str, progress: ProgressCallback) -> None:
@@ -66,9 +72,7 @@ def native_notice(word: str) -> str | None:
     if wanted_kernels(word) != "auto":
         return None
     try:
-        load()
-    except NoLibraryError as error:
-        return f"{error}: torch's are used, which are slower (install a C++ compiler, then infopt)"
-    except NativeError:
+        state, usable = native_state()
+    except UsageError:
         return None  # refused where they are loaded
-    return None
+    return None if usable else f"{state} (install a C++ compiler, then infopt)"

@@ -102,7 +102,7 @@ class Doorway:
             if visit.working:
                 house.last_left = time.monotonic()
             path = visit.path if visit.path in self._paths else "other"
-            house.metrics.responded(path, visit.status or 499, visit.client)
+            house.metrics.responded(path, visit.outcome, visit.client)
             house.log.visit(visit)
             if house.tracing is not None:
                 house.tracing.visit(visit)

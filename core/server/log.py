@@ -13,6 +13,11 @@ QUIET = frozenset({"/health", "/ready", "/metrics"})
 """What probes ask every few seconds is told of only where it failed."""
 
 
+def is_told(visit: Visit) -> bool:
+    """Whether logs and traces tell of a visit that is over."""
+    return visit.path not in QUIET or visit.outcome >= 500
+
+
 class RequestLog:
     """Lines into a file; without one, nothing."""
 
@@ -32,19 +37,17 @@ class RequestLog:
 
     def visit(self, visit: Visit) -> None:
         """One request, when it is over."""
-        status = visit.status or 499
-        if visit.path in QUIET and status < 500:
+        if not is_told(visit):
             return
-        waited = None if visit.first_token is None else visit.first_token - visit.received
         self._write(
             "request",
             request_id=visit.id,
             client=visit.client,
             method=visit.method,
             path=visit.path,
-            status=status,
+            status=visit.outcome,
             seconds=round(visit.age, 6),
-            ttft_s=None if waited is None else round(waited, 6),
+            ttft_s=None if visit.ttft is None else round(visit.ttft, 6),
             prompt_tokens=visit.prompt_tokens,
             cached_tokens=visit.cached_tokens,
             output_tokens=visit.output_tokens,

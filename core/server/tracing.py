@@ -13,7 +13,7 @@ from importlib.metadata import version
 from urllib.parse import urlsplit
 
 from infopt.core.errors import MissingExtraError, UsageError
-from infopt.core.server.log import QUIET
+from infopt.core.server.log import is_told
 from infopt.core.server.visit import Passage, Visit
 
 try:
@@ -60,8 +60,7 @@ class Spans:
 
     def visit(self, visit: Visit) -> None:
         """Tell of one that is over; probes are told of only where they failed."""
-        status = visit.status or 499
-        if visit.path in QUIET and status < 500:
+        if not is_told(visit):
             return
         clock = _Clock()
         span = self._tracer.start_span(
@@ -69,11 +68,11 @@ class Spans:
             context=self._parent.extract(visit.trace),
             kind=SpanKind.SERVER,
             start_time=clock.at(visit.received),
-            attributes=self._attributes(visit, status),
+            attributes=self._attributes(visit),
         )
         if span.is_recording():
-            if status >= 500:
-                span.set_status(Status(StatusCode.ERROR, visit.fault or str(status)))
+            if visit.outcome >= 500:
+                span.set_status(Status(StatusCode.ERROR, visit.fault or str(visit.outcome)))
             within = set_span_in_context(span)
             for passage in visit.passages:
                 self._passage(passage, within, clock)
@@ -86,11 +85,11 @@ class Spans:
         self._library.removeHandler(self._listener)
         self._library.propagate = self._propagated
 
-    def _attributes(self, visit: Visit, status: int) -> Mapping[str, Value]:
+    def _attributes(self, visit: Visit) -> Mapping[str, Value]:
         found: dict[str, Value] = {
             "http.request.method": visit.method,
             "url.path": visit.path,
-            "http.response.status_code": status,
+            "http.response.status_code": visit.outcome,
             "infopt.request_id": visit.id,
             "infopt.client": visit.client,
         }
@@ -106,8 +105,8 @@ class Spans:
                 "gen_ai.response.finish_reasons": list(visit.finish_reasons),
                 "infopt.cached_tokens": visit.cached_tokens,
             }
-        if visit.first_token is not None:
-            found["gen_ai.server.time_to_first_token"] = visit.first_token - visit.received
+        if visit.ttft is not None:
+            found["gen_ai.server.time_to_first_token"] = visit.ttft
         return found
 
     def _passage(self, passage: Passage, within: Context, clock: "_Clock") -> None:

@@ -60,6 +60,16 @@ class Visit:
         return ANYONE if self.key is None else self.key.name
 
     @property
+    def outcome(self) -> int:
+        """Its status; 499 where the client left before there was one."""
+        return self.status or 499
+
+    @property
+    def ttft(self) -> float | None:
+        """Seconds to the first token of any answer; None where there was none."""
+        return None if self.first_token is None else self.first_token - self.received
+
+    @property
     def age(self) -> float:
         """Seconds."""
         return time.monotonic() - self.received
