@@ -259,7 +259,12 @@ def test_echoed_logprobs_are_the_engines(
         assert found.text_offset == [
             len("".join(found.tokens[:n])) for n in range(len(entries) + 1)
         ]
-        assert streamed[choice.index] == found
+        told = streamed[choice.index]
+        assert (told.tokens, told.text_offset) == (found.tokens, found.text_offset)
+        # in other company: the same to float32's rounding, not to the bit
+        assert told.token_logprobs == pytest.approx(found.token_logprobs, abs=1e-4)
+        for once, again in zip(told.top_logprobs[1:], found.top_logprobs[1:], strict=True):
+            assert once == pytest.approx(again, abs=1e-4)
 
 
 def test_several_answers_are_those_of_seeds_in_turn(client: openai.OpenAI) -> None:

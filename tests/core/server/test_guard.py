@@ -203,7 +203,14 @@ def test_a_request_has_an_id_in_the_answer_and_in_the_log(guarded: Any, files: P
     assert named.headers["x-request-id"] == "my-request-1"
     made = ask(guarded, {**SHORT, "top_p": 7}, **{"x-request-id": "two words"})
     assert made.status_code == 400 and len(made.headers["x-request-id"]) == 32
-    lines = {row.get("request_id"): row for row in map(json.loads, (files / "log").open())}
+    lines: dict[str, Any] = {}
+    # a line is written when its request is over, which is after the answer was read
+    deadline = time.monotonic() + 10
+    while not lines.keys() >= {"my-request-1", made.headers["x-request-id"]}:
+        assert time.monotonic() < deadline, lines.keys()
+        text = (files / "log").read_text()
+        rows = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+        lines = {row.get("request_id"): row for row in rows}
     good, bad = lines["my-request-1"], lines[made.headers["x-request-id"]]
     assert good["status"] == 200 and good["client"] == "alice" and good["output_tokens"] == 4
     assert good["finish_reasons"] == ["length"] and 0 < good["ttft_s"] <= good["seconds"]
