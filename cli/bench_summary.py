@@ -53,6 +53,8 @@ def _levels(report: BenchReport) -> list[Row]:
         said = f"{level.output_tokens_per_s:.1f} output tokens/s, TTFT p95 {ttft}"
         if level.attainment is not None:
             said += f", {level.attainment:.1%} kept the limits"
+        if level.server is not None and level.server.waiting_max:
+            said += f", up to {number(level.server.waiting_max)} waiting in the server"
         if level.stopped_early is not None:
             said += f"; broken off: {level.stopped_early}"
         rows.append((load_words(level), said))

@@ -4,20 +4,20 @@ import asyncio
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 
 from infopt.core.bench.client import Client, Session
 from infopt.core.bench.figures import doubts, level_report
 from infopt.core.bench.level import Load, Ran, Stop, run_level
 from infopt.core.bench.levels import loads, search, trace_load
-from infopt.core.bench.scrape import Scraper, summed
+from infopt.core.bench.scrape import Looks, Scraper, summed
 from infopt.core.bench.series import series
 from infopt.core.bench.sessions import longest, sessions, traced
 from infopt.core.errors import EngineError, UsageError
 from infopt.core.progress import ProgressCallback, silent
 from infopt.core.recipe.bench import BenchSettings
-from infopt.core.reports.bench import BenchReport, Capacity, LevelReport, LoadFigures, ServerMetrics
+from infopt.core.reports.bench import BenchReport, Capacity, LevelReport, LoadFigures
 from infopt.core.reports.requests import RequestRecord
 from infopt.core.reports.schema import Origin
 
@@ -60,11 +60,11 @@ async def _bench(
             raise EngineError(f"{target} gave no answer within {settings.timeout:g} s") from None
         _check_lengths(client, settings)
         bencher = _Bencher(client, settings, progress)
-        done, capacity, server = await bencher.run()
+        done, capacity = await bencher.run()
         records = [record for ran in done for record in ran.records]
         if keep is not None:
             keep(records)
-        return _report(client, settings, target, done, capacity, server)
+        return _report(bencher, target, done, capacity)
 
 
 def _check_lengths(client: Client, settings: BenchSettings) -> None:
@@ -85,14 +85,17 @@ class _Bencher:
     settings: BenchSettings
     progress: ProgressCallback
     origin: float = 0.0
+    scraper: Scraper | None = None
+    """None while the load is not counted, and where the server tells nothing."""
+    looks: dict[int, Looks] = field(default_factory=dict)
+    """What the server told during each level, and just before and after it."""
 
-    async def run(self) -> tuple[list[Ran], Capacity | None, ServerMetrics | None]:
+    async def run(self) -> tuple[list[Ran], Capacity | None]:
         source = sessions(self.settings, self.client.vocab_size)
         plan = None if self.settings.trace is None else trace_load(self.settings)
         await self._warm_up(source)
         self.origin = perf_counter()
-        scraper = Scraper(self.client.server_metrics, self.origin)
-        beside = await self._scraping(scraper)
+        beside = await self._scraping()
         capacity = None
         try:
             if plan is not None:
@@ -107,17 +110,18 @@ class _Bencher:
                 done = [await self._level(load, source) for load in loads(self.settings)]
         finally:
             if beside is not None:
-                await scraper.look()
                 beside.cancel()
                 with suppress(asyncio.CancelledError):
                     await beside
-        return done, capacity, summed(scraper.seen)
+        return done, capacity
 
-    async def _scraping(self, scraper: Scraper) -> asyncio.Task[None] | None:
+    async def _scraping(self) -> asyncio.Task[None] | None:
         """Read the server's figures beside the load; where it has none, only if nobody insists."""
         if self.settings.scrape is False:
             return None
+        scraper = Scraper(self.client.server_metrics, self.origin)
         if await scraper.look():
+            self.scraper = scraper
             return asyncio.create_task(scraper.run())
         if self.settings.scrape:
             raise EngineError(
@@ -138,7 +142,8 @@ class _Bencher:
         stop: Stop | None = None,
         stage: str | None = None,
     ) -> Ran:
-        return await run_level(
+        first = 0 if self.scraper is None else await self.scraper.mark()
+        ran = await run_level(
             self.client,
             load,
             source,
@@ -148,6 +153,10 @@ class _Bencher:
             progress=self.progress,
             stop=stop,
         )
+        if self.scraper is not None:
+            await self.scraper.look()
+            self.looks[load.level] = self.scraper.seen[first:]
+        return ran
 
 
 def _stage(load: Load, settings: BenchSettings) -> str:
@@ -159,17 +168,19 @@ def _stage(load: Load, settings: BenchSettings) -> str:
 
 
 def _report(
-    client: Client,
-    settings: BenchSettings,
-    target: str,
-    done: Sequence[Ran],
-    capacity: Capacity | None,
-    server: ServerMetrics | None,
+    bencher: _Bencher, target: str, done: Sequence[Ran], capacity: Capacity | None
 ) -> BenchReport:
+    client, settings = bencher.client, bencher.settings
     records = [record for ran in done for record in ran.records]
     if not any(record.completed for record in records):
         raise _none_completed(records)
-    levels = [level_report(ran, settings) for ran in done if ran.records]
+    levels = [
+        level_report(ran, settings).model_copy(
+            update={"server": summed(bencher.looks.get(ran.load.level, ()), timeline=False)}
+        )
+        for ran in done
+        if ran.records
+    ]
     headline = _headline(levels, capacity, settings)
     shared = {key: getattr(headline, key) for key in LoadFigures.model_fields}
     met = [level.goodput for level in levels if level.met and level.goodput is not None]
@@ -185,7 +196,7 @@ def _report(
         levels=tuple(levels) if len(levels) > 1 else (),
         max_goodput=max(met, default=None),
         capacity=capacity,
-        server=server,
+        server=summed(() if bencher.scraper is None else bencher.scraper.seen),
         series=series(records),
     )
 

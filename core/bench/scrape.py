@@ -19,6 +19,8 @@ _HITS = ("prefix_cache_hits_total", "gpu_prefix_cache_hits_total")
 _QUERIES = ("prefix_cache_queries_total", "gpu_prefix_cache_queries_total")
 _PREEMPTIONS = ("num_preemptions_total",)
 Figures = Mapping[str, float]
+Looks = Sequence[tuple[float, Figures]]
+"""(seconds from the run's start, figures) of each look."""
 
 
 def parse_metrics(text: str) -> dict[str, float]:
@@ -54,8 +56,14 @@ class Scraper:
             self.seen.append((perf_counter() - self.origin, figures))
         return bool(figures)
 
+    async def mark(self) -> int:
+        """Look, and say where in `seen` what is seen from now on begins."""
+        first = len(self.seen)
+        await self.look()
+        return first
 
-def summed(seen: Sequence[tuple[float, Figures]]) -> ServerMetrics | None:
+
+def summed(seen: Looks, *, timeline: bool = True) -> ServerMetrics | None:
     """Medians and maxima of gauges, increases of counters; None where nothing was seen."""
     if not seen:
         return None
@@ -73,7 +81,7 @@ def summed(seen: Sequence[tuple[float, Figures]]) -> ServerMetrics | None:
         kv_use_max=max(kv, default=None),
         prefix_hit_share=hits / queries if hits is not None and queries else None,
         preemptions=_increase(figures, _PREEMPTIONS),
-        timeline=tuple(_sample(*look) for look in _thinned(seen)),
+        timeline=tuple(_sample(*look) for look in _thinned(seen)) if timeline else (),
     )
 
 
@@ -104,9 +112,9 @@ def _increase(figures: Sequence[Figures], names: Sequence[str]) -> float | None:
     return sum(b - a if b >= a else b for a, b in pairwise(values))
 
 
-def _thinned(seen: Sequence[tuple[float, Figures]]) -> list[tuple[float, Figures]]:
+def _thinned(seen: Looks) -> Looks:
     """As many as a picture shows, evenly chosen, the first and the last among them."""
     if len(seen) <= _POINTS:
-        return list(seen)
+        return seen
     step = (len(seen) - 1) / (_POINTS - 1)
     return [seen[round(n * step)] for n in range(_POINTS)]

@@ -127,6 +127,8 @@ class LevelReport(LoadFigures):
     level: int
     met: bool | None = None
     """Whether the attainment was reached; None where there are no limits."""
+    server: ServerMetrics | None = None
+    """What the server said of itself during this level."""
 
 
 class Capacity(Record):

@@ -31,7 +31,9 @@ def bench_sections(report: BenchReport) -> tuple[Section, ...]:
     if len(levels) > 1:
         curve = latency_throughput(levels, names)
         drawn: tuple[Block, ...] = () if curve is None else (curve,)
-        parts.append(Section("Latency and throughput", (*drawn, _levels(levels))))
+        parts.append(
+            Section("Latency and throughput", (*drawn, _levels(levels), *_servers(levels)))
+        )
     if found.get("series"):
         parts += _pictures(found, names)
     if found.get("errors"):
@@ -120,6 +122,9 @@ def _percentiles(found: Mapping[str, Any]) -> Table:
     return Table("Latencies", columns, tuple(rows))
 
 
+_WHICH = ("median", "max")
+
+
 def _time(value: float | None) -> str:
     return "–" if value is None else seconds(value)
 
@@ -156,6 +161,32 @@ def _levels(levels: Sequence[Mapping[str, Any]]) -> Table:
         for level in levels
     )
     return Table("Levels of the load", columns, rows)
+
+
+def _servers(levels: Sequence[Mapping[str, Any]]) -> tuple[Table, ...]:
+    if not any(level.get("server") for level in levels):
+        return ()
+    columns = (
+        Column("load", False),
+        *(Column(f"{name}, {which}") for name in ("running", "waiting") for which in _WHICH),
+        *(Column(f"KV cache, {which}") for which in _WHICH),
+        Column("prefix hits", help="prompt tokens found in the prefix cache of those looked for"),
+        Column("preemptions"),
+    )
+    counts = [f"{name}_{which}" for name in ("running", "waiting") for which in _WHICH]
+    shares = [*(f"kv_use_{which}" for which in _WHICH), "prefix_hit_share"]
+    rows = []
+    for level in levels:
+        found = level.get("server") or {}
+        rows.append(
+            (
+                Cell(_level_name(level)),
+                *(Cell(number(found.get(key))) for key in counts),
+                *(Cell(number(found.get(key), ".1%")) for key in shares),
+                Cell(number(found.get("preemptions"))),
+            )
+        )
+    return (Table("What the server said of itself", columns, tuple(rows)),)
 
 
 def _remarks(level: Mapping[str, Any]) -> list[str]:

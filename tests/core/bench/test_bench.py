@@ -11,6 +11,7 @@ from infopt.core.errors import EngineError, UsageError
 from infopt.core.progress import Progress
 from infopt.core.recipe.bench import BenchSettings
 from infopt.core.reports.bench import BenchReport
+from infopt.core.reports.bench_sections import bench_sections
 
 
 def run(server: Any, **settings: Any) -> BenchReport:
@@ -311,6 +312,18 @@ def test_a_server_s_own_figures_are_read_beside(mock: Any) -> None:
     assert report.server is not None and report.server.running_max == 4.0
     assert report.server.waiting_max is None and report.warnings == ()
     assert run(server, scrape=False).server is None
+
+
+def test_a_server_s_own_figures_level_by_level(mock: Any) -> None:
+    """The counter goes up once an answer: each level has its own, and those before it none."""
+    server = mock(steady(mock, first=0.1, each=0.0, tokens=3))
+    server.metrics = lambda: f'infopt:num_preemptions_total{{m="x"}} {len(server.bodies)}\n'
+    report = run(server, requests=6, concurrency=None, sweep="concurrency=1,3", warmup=2)
+    told = [level.server for level in report.levels]
+    assert [None if found is None else found.preemptions for found in told] == [6, 6]
+    assert report.server is not None and report.server.preemptions == 12
+    text = "".join(str(section) for section in bench_sections(report))
+    assert "What the server said of itself" in text
 
 
 def test_a_server_without_metrics(mock: Any) -> None:
