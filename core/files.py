@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -147,6 +148,22 @@ def write_atomically(path: Path, content: str | bytes) -> None:
                 stream.write(data)
             return
         _replace_file(Path(os.path.realpath(path)), data)
+
+
+def require_writable(path: Path) -> None:
+    """Raise UsageError or ResourceError where no file can come to be at `path`; nothing stays of the trial.
+
+    For work whose file comes after minutes: what can be known beforehand is told beforehand.
+    """
+    with disk_faults(path):
+        if stat.S_ISDIR(_mode(path)):
+            raise UsageError(f"cannot write {path}: it is a directory", "name a file")
+        folder = next(p for p in Path(os.path.realpath(path)).parents if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ResourceError(f"cannot write {path}: {folder}: {error.strerror}") from error
 
 
 def _mode(path: Path) -> int:

@@ -1,6 +1,9 @@
 """What `profile` would do, the memory and, on a calibrated device, the time that it would take."""
 
+from pathlib import Path
+
 from infopt.core.artifact.read import Artifact
+from infopt.core.files import require_writable
 from infopt.core.hardware.probe import probe
 from infopt.core.profiling.energy import energy_counter
 from infopt.core.profiling.measure import DECODE_WARMUP, PREFILL_WARMUP
@@ -40,6 +43,7 @@ def plan_profile(artifact: Artifact, settings: ProfileSettings) -> Plan:
         stored = f"of {known}" if known else "measured now and stored"
         actions.append(f"compare with the peaks of {target.name} in {target.dtype}, {stored}")
     if settings.trace is not None:
+        require_writable(Path(settings.trace))
         actions.append(f"write a trace to {settings.trace}")
     return Plan(
         command="profile",

@@ -13,7 +13,13 @@ from pathlib import Path
 import pytest
 
 from infopt.core.errors import InfoptError, ResourceError, UsageError
-from infopt.core.files import MANIFEST, directory_atomically, sha256, write_atomically
+from infopt.core.files import (
+    MANIFEST,
+    directory_atomically,
+    require_writable,
+    sha256,
+    write_atomically,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -101,6 +107,20 @@ def test_a_directory_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is a directory"):
         write_atomically(tmp_path, "x")
     assert names(tmp_path) == []
+
+
+def test_where_no_file_can_be_is_told_beforehand(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for path in (file, tmp_path / "new", tmp_path / "new" / "folder" / "file"):
+        require_writable(path)
+    with pytest.raises(UsageError, match="is a directory"):
+        require_writable(tmp_path)
+    with pytest.raises(ResourceError, match="Not a directory"):
+        require_writable(file / "inside")
+    with pytest.raises(ResourceError, match="cannot write /proc/none/file: /proc: "):
+        require_writable(Path("/proc/none/file"))
+    assert names(tmp_path) == ["file"] and file.read_text() == "kept"
 
 
 @contextmanager
