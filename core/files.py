@@ -151,7 +151,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Raise UsageError or ResourceError where no file can come to be at `path`; nothing stays of the trial.
+    """Raise UsageError or ResourceError where no file can come to be at `path`; leaves nothing.
 
     For work whose file comes after minutes: what can be known beforehand is told beforehand.
     """
