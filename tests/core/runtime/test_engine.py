@@ -235,18 +235,26 @@ def test_logits_that_are_not_finite_end_that_request_alone(make_engine: MakeEngi
 def test_deterministic_answers_are_equal_to_the_last_bit(
     make_engine: MakeEngine, dtype: str
 ) -> None:
-    """Log probabilities of every token, alone and crowded, in chunks and preempted."""
+    """Log probabilities of every token, of prompts too, alone and crowded, chunked, preempted."""
     prompts = [prompt_of(n, seed=n) for n in (1, 5, 17, 30)]
-    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0)
+    params = SamplingParams(
+        temperature=0, max_tokens=8, ignore_eos=True, logprobs=0, prompt_logprobs=0
+    )
 
     def made(engine: Engine, some: Sequence[list[int]]) -> list[list[float]]:
         for index, prompt in enumerate(some):
             engine.add(str(index), prompt, params)
         outputs = finish(engine)
-        return [
-            [each.logprob for output in outputs[str(n)] for each in output.logprobs or ()]
+        found = [
+            [
+                each.logprob
+                for output in outputs[str(n)]
+                for each in (*(output.prompt_logprobs or ()), *(output.logprobs or ()))
+            ]
             for n in range(len(some))
         ]
+        assert [len(values) for values in found] == [len(prompt) - 1 + 8 for prompt in some]
+        return found
 
     settings = {"dtype": dtype, "deterministic": True}
     wanted = [made(make_engine(**settings), [prompt])[0] for prompt in prompts]
