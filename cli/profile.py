@@ -136,15 +136,18 @@ def perform(work: "Work") -> "Report":
 
 
 def _calibrate(work: "Work") -> "CalibrationTable":
-    """The engine's own part is timed by the runtime, which the profile does not know."""
+    """What is the engine's is the runtime's to say, which the profile does not know."""
+    import torch
+
     from infopt.core.hardware.probe import probe
     from infopt.core.profiling.calibrate_kernels import calibrate_device
     from infopt.core.profiling.subject import target_of
-    from infopt.core.runtime.step_times import engine_step_seconds, tiny_config
+    from infopt.core.runtime.step_times import engine_step_seconds, engine_steps, tiny_config
 
-    engine = _engine(work)
+    engine, target = _engine(work), target_of(work.settings, probe())
     return calibrate_device(
-        target_of(work.settings, probe()),
+        target,
+        engine_steps(engine, torch.device(target.kind)),
         lambda batch, vocabulary: engine_step_seconds(batch, vocabulary, engine),
         tiny_config,
         work.screen.progress,

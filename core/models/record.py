@@ -15,7 +15,7 @@ from torch import Tensor
 from infopt.core.layers.attention import Attending, Attention
 from infopt.core.layers.embedding import Embedding, Table
 from infopt.core.layers.fuse import SideBySide
-from infopt.core.layers.linear import Linear, Projection
+from infopt.core.layers.linear import Given, Linear, Projection
 from infopt.core.layers.native import NativeEmbedding, NativeGroups, NativeInt8, NativeLinear
 from infopt.core.layers.norm import LayerNorm, Norm, RMSNorm
 from infopt.core.models.config import Activation
@@ -100,6 +100,36 @@ def record(
     hidden = twin.through(twin.embed(rows), recorder, caches)
     chosen, wanted = recorder.choose(hidden)
     return Recorded(hidden, twin.logits(chosen), wanted, recorder.packed)
+
+
+def product(
+    program: Program, part: Projection, dtype: torch.dtype, label: str
+) -> tuple[int, Product]:
+    """How many outputs a projection has, and what appends it, into columns of a buffer or not.
+
+    `dtype` is what inputs are rounded to. Raises Unrecordable, with the label.
+    """
+    match part:
+        case NativeLinear(weight=dense, bias=bias):
+            return dense.outputs, lambda x, y: packed.dense(program, x, dense, bias, y)
+        case NativeGroups(weight=groups, bias=bias, columns=order):
+
+            def append(x: Tensor, y: Tensor | None) -> Tensor:
+                x = x if order is None else packed.columns(program, x, order)
+                return packed.groups(program, x, groups, bias, y, dtype=dtype)
+
+            return groups.outputs, append
+        case NativeInt8(weight=codes, grid=grid, bias=bias):
+            outputs = codes.shape[0]
+            return outputs, lambda x, y: packed.int8(program, x, codes, grid, bias, y)
+        case Linear(weight=weight, bias=bias, fixed=False) if unpacked.takes(weight):
+            outputs = weight.shape[0]
+            return outputs, lambda x, y: unpacked.unpacked(program, x, weight, bias, y)
+        case Given(output=output):
+            held = output[: program.capacity].float()
+            return held.shape[1], lambda x, y: held
+        case _:
+            raise Unrecordable(f"its {label} is held as {type(part).__name__}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +278,8 @@ class _Recorder:
         if part is None:
             return None
         parts = part.parts if isinstance(part, SideBySide) else (part,)
-        products = [self.product(each, label) for each in parts]
+        self.packed = self.packed and not any(isinstance(each, Linear) for each in parts)
+        products = [product(self.program, each, self.decoder.dtype, label) for each in parts]
 
         def project(x: Tensor) -> Tensor:
             program = self._label(label)
@@ -256,34 +287,11 @@ class _Recorder:
                 return products[0][1](x, None)
             ends = list(accumulate(width for width, _ in products))
             y = program.buffer(ends[-1])
-            for (width, product), end in zip(products, ends, strict=True):
-                product(x, y[:, end - width : end])
+            for (width, append), end in zip(products, ends, strict=True):
+                append(x, y[:, end - width : end])
             return y
 
         return project
-
-    def product(self, part: Projection, label: str) -> tuple[int, Product]:
-        """How many outputs there are, and what appends them, into columns of a buffer or not."""
-        program, dtype = self.program, self.decoder.dtype
-        match part:
-            case NativeLinear(weight=dense, bias=bias):
-                return dense.outputs, lambda x, y: packed.dense(program, x, dense, bias, y)
-            case NativeGroups(weight=groups, bias=bias, columns=order):
-
-                def product(x: Tensor, y: Tensor | None) -> Tensor:
-                    x = x if order is None else packed.columns(program, x, order)
-                    return packed.groups(program, x, groups, bias, y, dtype=dtype)
-
-                return groups.outputs, product
-            case NativeInt8(weight=codes, grid=grid, bias=bias):
-                outputs = codes.shape[0]
-                return outputs, lambda x, y: packed.int8(program, x, codes, grid, bias, y)
-            case Linear(weight=weight, bias=bias, fixed=False) if unpacked.takes(weight):
-                self.packed = False
-                outputs = weight.shape[0]
-                return outputs, lambda x, y: unpacked.unpacked(program, x, weight, bias, y)
-            case _:
-                raise Unrecordable(f"its {label} is held as {type(part).__name__}")
 
     def norm(self, part: Norm | None) -> Any:
         match part:

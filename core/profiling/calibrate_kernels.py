@@ -7,7 +7,8 @@ from time import perf_counter
 import torch
 
 from infopt.core.hardware.kernel_times import KernelTimes, StepTime, store_kernel_times
-from infopt.core.profiling.kernels import layer_times, product_times
+from infopt.core.profiling.free_layers import Steps, layer_times
+from infopt.core.profiling.kernels import product_times
 from infopt.core.profiling.last_level_cache import ASSUMED
 from infopt.core.profiling.peaks import cache_bytes, device_peaks
 from infopt.core.profiling.predict import layers_seconds
@@ -27,14 +28,15 @@ _CONTEXT = 32
 
 def calibrate_device(
     target: Target,
+    steps: Steps,
     step_timer: StepTimer,
     tiny: Callable[[int], dict[str, object]],
     progress: ProgressCallback,
 ) -> CalibrationTable:
     """Measure peaks, products, layers and steps in the dtype of `target`, and store them all.
 
-    `tiny`: the config of the model that `step_timer` runs, by its vocabulary; what its layer takes
-    is not the step's own.
+    `steps` computes as the engine does. `tiny`: the config of the model that `step_timer` runs, by
+    its vocabulary; what its layer takes is not the step's own.
     """
     began = perf_counter()
     device, dtype = torch.device(target.kind), getattr(torch, target.dtype)
@@ -42,7 +44,7 @@ def calibrate_device(
     peaks = device_peaks(target.kind, target.name, target.dtype, progress=progress, anew=True)
     cache = cache_bytes(device) or ASSUMED
     products = tuple(product_times(device, dtype, cache_bytes=cache, progress=progress))
-    layers = tuple(layer_times(device, dtype, progress=progress))
+    layers = tuple(layer_times(device, dtype, steps, progress=progress))
     record = KernelTimes(
         device=target.name,
         dtype=target.dtype,
@@ -52,20 +54,20 @@ def calibrate_device(
         layers=layers,
         conditions={"torch": str(torch.__version__), **peaks.peaks.conditions},
     )
-    steps = []
+    own = []
     for vocabulary in _VOCABULARIES:
         shape = shape_of(tiny(vocabulary))
         for batch in _BATCHES:
             progress(Progress("measure steps", note=f"{batch} requests, {vocabulary} tokens"))
-            own = _own(step_timer(batch, vocabulary), record, shape, batch)
-            steps.append(StepTime(batch=batch, vocab_size=vocabulary, seconds=own))
-    record = record.model_copy(update={"steps": tuple(steps)})
+            seconds = _own(step_timer(batch, vocabulary), record, shape, batch)
+            own.append(StepTime(batch=batch, vocab_size=vocabulary, seconds=seconds))
+    record = record.model_copy(update={"steps": tuple(own)})
     file = store_kernel_times(record)
     return CalibrationTable(
         file=str(file),
         products=len(products),
         layers=len(layers),
-        steps=len(steps),
+        steps=len(own),
         seconds=perf_counter() - began,
         conditions=dict(record.conditions),
     )

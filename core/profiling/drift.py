@@ -1,13 +1,14 @@
 """Whether a device still does what it did when it was calibrated."""
 
 import torch
-from torch.nn.functional import linear
 
 from infopt.core.hardware.kernel_times import KernelTimes
-from infopt.core.profiling.timer import repeat
+from infopt.core.layers.choice import native_choice
+from infopt.core.profiling.kernels import product_time, several
+from infopt.core.profiling.last_level_cache import ASSUMED
+from infopt.core.profiling.peaks import cache_bytes
 from infopt.core.reports.profile import Drift
 
-_RUNS = 9
 # One that reads a weight larger than most caches, one that computes.
 _READING, _COMPUTING = (1, 32768, 1024), (256, 2048, 2048)
 
@@ -27,11 +28,8 @@ def _share(kernels: KernelTimes, device: torch.device, m: int, n: int, k: int) -
     if then is None:
         return None
     dtype = getattr(torch, kernels.dtype)
-    x, weight = (torch.randn(rows, k, device=device).to(dtype) for rows in (m, n))
-
-    def work() -> None:
-        linear(x, weight)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return then / repeat(work, warmup=2, runs=_RUNS).median
+    choice = native_choice("auto", device, dtype, deterministic=False)
+    cache = cache_bytes(device) or ASSUMED
+    weights = several("dense", n, k, device, dtype, cache_bytes=cache, choice=choice)
+    x = torch.randn(m, k, device=device).to(dtype)
+    return then / product_time(weights, x, None if choice is None else choice.native)

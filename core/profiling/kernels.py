@@ -1,33 +1,29 @@
-"""Time this device's kernels over a grid of shapes: products by format, and layers without them.
+"""Time this device's products over a grid of shapes, format by format.
 
 Weights are gone through in turn, more of them than the last-level cache holds: so a decode step
-meets them. What a layer does beside its products is timed with products that cost nothing.
+meets them. On a CPU they are the calls of one program, with no Python between, where a step would
+be replayed so.
 """
 
-import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import cycle
-from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from infopt.core.formats.activation import ActivationFormat
 from infopt.core.formats.number import IntegerFormat, QuantizedWeight
-from infopt.core.hardware.kernel_times import LayerTime, ProductTime
-from infopt.core.layers.attention import Attention, AttentionInputs
+from infopt.core.hardware.kernel_times import ProductTime
 from infopt.core.layers.choice import NativeChoice, native_choice
 from infopt.core.layers.int8 import Int8Linear
 from infopt.core.layers.linear import Linear, Projection, fused
-from infopt.core.layers.norm import RMSNorm
 from infopt.core.layers.quantized import pack
-from infopt.core.layers.rotary import Rotary
-from infopt.core.models.decoder import DecoderLayer
-from infopt.core.models.mlp import GatedMLP
+from infopt.core.models.record import Unrecordable, product
+from infopt.core.profiling.timer import repeat_for
 from infopt.core.progress import Progress, ProgressCallback
-from infopt.kernels.attention.cache import new_cache
-from infopt.kernels.attention.paged import plan_attention
+from infopt.kernels.cpu import elementwise
+from infopt.kernels.cpu.native import Native, threads_at_hand
+from infopt.kernels.cpu.program import Program
 from infopt.kernels.gemm.scratch import Scratch
 
 FORMATS = ("dense", "dense-fused", "W4A16", "W8A16", "W8A8-int8")
@@ -42,21 +38,6 @@ _LONGEST = 0.6
 """Seconds: shapes that are expected to take more in one call are left out."""
 _GROUP = 64
 _RUNS = 7
-_BLOCK = 16
-
-
-@dataclass(frozen=True, slots=True)
-class _Given:
-    """A projection that costs nothing: its result is there already."""
-
-    output: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.output[: len(x)]
-
-    @property
-    def nbytes(self) -> int:
-        return 0
 
 
 def product_times(
@@ -84,42 +65,72 @@ def _products(
     cache_bytes: int,
     choice: NativeChoice | None,
 ) -> Iterator[ProductTime]:
-    first = build(form, n, k, device, dtype, choice)
-    copies = max(1, min(64, -(-2 * cache_bytes // first.nbytes)))
-    more = (build(form, n, k, device, dtype, choice) for _ in range(copies - 1))
-    weights = [first, *more]
+    weights = several(form, n, k, device, dtype, cache_bytes=cache_bytes, choice=choice)
     last = 0.0
     for m in _ROWS:
         if 2 * last > _LONGEST:
             break
         x = torch.randn(m, k, device=device).to(dtype)
-        last = _median(weights, x, device)
+        # Large products are bound by computing: fewer weights tell as much.
+        few = weights[: max(1, int(_LONGEST / 4 / max(last, 1e-9)))]
+        last = product_time(few, x, None if choice is None else choice.native)
         yield ProductTime(format=form, m=m, n=n, k=k, seconds=last)
 
 
-def _median(weights: Sequence[Projection], x: Tensor, device: torch.device) -> float:
-    """Of single calls, one weight after the other."""
-    times: list[float] = []
-    turn = cycle(weights)
-    with torch.inference_mode():
-        # A weight's first use is slower, by half for packed ones: its pages are new to the core.
+def several(
+    form: str,
+    n: int,
+    k: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    cache_bytes: int,
+    choice: NativeChoice | None,
+) -> list[Projection]:
+    """As many random weights as the last-level cache does not hold, twice over, up to 64."""
+    first = build(form, n, k, device, dtype, choice)
+    copies = max(1, min(64, -(-2 * cache_bytes // first.nbytes)))
+    return [first, *(build(form, n, k, device, dtype, choice) for _ in range(copies - 1))]
+
+
+def product_time(weights: Sequence[Projection], x: Tensor, native: Native | None) -> float:
+    """Median seconds of a product, the weights used one after the other as an engine uses them."""
+    work = _replayed(weights, x, native) if native is not None else None
+    if work is None:
+        return _one_by_one(weights, x)
+    # A weight's first use is slower, by half for packed ones: its pages are new to the core.
+    times = repeat_for(work, seconds=0.1, warmup=1, least=_RUNS, most=60)
+    return times.median / len(weights)
+
+
+def _replayed(
+    weights: Sequence[Projection], x: Tensor, native: Native
+) -> Callable[[], object] | None:
+    """All products in one program; None where one of them has no native op."""
+    program = Program(native, len(x), min(torch.get_num_threads(), threads_at_hand()))
+    program.rows, program.label = len(x), "product"
+    width = x.shape[1]
+    # What a product reads was made, and rounded, by the op before it: so it is in a step.
+    given = elementwise.norm(program, x.float(), torch.ones(width), None, 1e-5)
+    try:
         for weight in weights:
-            weight(x)
-        began = perf_counter()
-        while len(times) < _RUNS or (len(times) < 60 and perf_counter() - began < 0.05):
-            weight = next(turn)
-            started = perf_counter()
-            weight(x)
-            _wait(device)
-            times.append(perf_counter() - started)
-            if len(times) >= 3 and perf_counter() - began > 2 * _LONGEST:
-                break
-    return statistics.median(times)
+            product(program, weight, x.dtype, "product")[1](given, None)
+    except Unrecordable:
+        return None
+    return program.run
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _one_by_one(weights: Sequence[Projection], x: Tensor) -> float:
+    """Of single calls, one weight after the other."""
+    turn = cycle(weights)
+
+    def once() -> None:
+        next(turn)(x)
+        if x.device.type == "cuda":
+            torch.cuda.synchronize(x.device)
+
+    with torch.inference_mode():
+        return repeat_for(once, seconds=0.05, warmup=len(weights), least=_RUNS, most=60).median
 
 
 def build(
@@ -164,131 +175,3 @@ def _stored(bits: int, n: int, k: int) -> QuantizedWeight:
         group_index=torch.arange(k, dtype=torch.int32) // (k // groups),
         format=form,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Sizes:
-    hidden: int
-    inner: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-
-_SIZES = (
-    _Sizes(512, 1408, 8, 2, 64),
-    _Sizes(1024, 2816, 16, 16, 64),
-    _Sizes(2048, 5632, 16, 4, 128),
-)
-# Sequences, new tokens of each, context.
-_DECODES = tuple((b, 1, s) for b in (1, 4, 16) for s in (32, 256, 1024))
-_PREFILLS = ((1, 32, 32), (1, 128, 128), (1, 512, 512), (1, 1024, 1024), (4, 128, 128))
-
-
-def layer_times(
-    device: torch.device, dtype: torch.dtype, *, progress: ProgressCallback
-) -> Iterator[LayerTime]:
-    """Median times of a layer without its products, over sizes, batches and contexts."""
-    for done, sizes in enumerate(_SIZES):
-        for batch, new, context in (*_DECODES, *_PREFILLS):
-            note = f"{batch} x {new} tokens at {context}"
-            progress(Progress("measure layers", done, len(_SIZES), note))
-            seconds = _layer(sizes, batch, new, context, device, dtype)
-            yield LayerTime(
-                batch=batch,
-                new=new,
-                context=context,
-                hidden=sizes.hidden,
-                inner=sizes.inner,
-                heads=sizes.heads,
-                kv_heads=sizes.kv_heads,
-                head_dim=sizes.head_dim,
-                seconds=seconds,
-            )
-
-
-def _layer(
-    sizes: _Sizes, batch: int, new: int, context: int, device: torch.device, dtype: torch.dtype
-) -> float:
-    tokens, blocks = batch * new, -(-context // _BLOCK)
-    layers = [_free_layer(sizes, tokens, device, dtype) for _ in range(4)]
-    caches = [
-        new_cache(batch * blocks, _BLOCK, sizes.kv_heads, sizes.head_dim, dtype, device).normal_()
-        for _ in layers
-    ]
-    x = torch.randn(tokens, sizes.hidden, device=device).to(dtype)
-    positions = torch.arange(context - new, context, device=device).repeat(batch)
-    frequencies = torch.rand(sizes.head_dim // 2, device=device)
-    tables = [range(row, batch * blocks, batch) for row in range(batch)]
-    slots = [
-        table[place // _BLOCK] * _BLOCK + place % _BLOCK
-        for table in tables
-        for place in range(context - new, context)
-    ]
-    inputs = AttentionInputs(
-        (Rotary.at(positions, frequencies, dtype, 1.0),),
-        torch.tensor(slots, device=device),
-        plan_attention(
-            tables,
-            [context] * batch,
-            [row * new for row in range(batch + 1)],
-            _BLOCK,
-            dtype,
-            device,
-        ),
-    )
-    return _run_layers(layers, x, inputs, caches, device)
-
-
-def _free_layer(
-    sizes: _Sizes, tokens: int, device: torch.device, dtype: torch.dtype
-) -> DecoderLayer:
-    def given(width: int) -> _Given:
-        return _Given(torch.randn(tokens, width, device=device).to(dtype))
-
-    norm = RMSNorm(torch.ones(sizes.hidden, device=device, dtype=dtype), 1e-5)
-    vectors = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
-    attention = Attention(
-        qkv=given(vectors),
-        output=given(sizes.hidden),
-        head_norm=None,
-        heads=sizes.heads,
-        kv_heads=sizes.kv_heads,
-        head_dim=sizes.head_dim,
-        scale=sizes.head_dim**-0.5,
-    )
-    return DecoderLayer(
-        norm, attention, norm, GatedMLP(given(2 * sizes.inner), given(sizes.hidden))
-    )
-
-
-def _run_layers(
-    layers: Sequence[DecoderLayer],
-    x: Tensor,
-    inputs: AttentionInputs,
-    caches: Sequence[Tensor],
-    device: torch.device,
-) -> float:
-    """Median seconds of one layer."""
-
-    def once() -> float:
-        y = x.clone()
-        started = perf_counter()
-        for layer, cache in zip(layers, caches, strict=True):
-            y = layer(y, inputs, cache)
-        _wait(device)
-        return (perf_counter() - started) / len(layers)
-
-    with torch.inference_mode():
-        once()
-        return statistics.median(_enough(once))
-
-
-def _enough(once: Callable[[], float]) -> list[float]:
-    times: list[float] = []
-    began = perf_counter()
-    while len(times) < 5 or (len(times) < 40 and perf_counter() - began < 0.08):
-        times.append(once())
-        if perf_counter() - began > 2 * _LONGEST and len(times) >= 2:
-            break
-    return times

@@ -1,8 +1,8 @@
-"""What the engine itself takes for a decode step: timed on a model that has next to no work."""
+"""How the engine computes steps, and what it takes itself for one, for the calibration."""
 
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 
@@ -10,14 +10,42 @@ import torch
 from torch import Tensor
 
 from infopt.core.artifact.write import write_directory
+from infopt.core.hardware.native import find_native
+from infopt.core.models.decoder import Decoder, StepInputs
 from infopt.core.recipe.serve import EngineSettings
 from infopt.core.runtime.engine import Engine
 from infopt.core.runtime.request import SamplingParams
+from infopt.core.runtime.step_program import recorded
 
 HIDDEN = 64
 """Of the model; it has one layer."""
 PROMPT = 16
 _STEPS = 40
+
+
+def engine_steps(
+    settings: EngineSettings, device: torch.device
+) -> Callable[[Decoder, Sequence[Tensor]], Callable[[StepInputs], object]]:
+    """How an engine computes steps of any decoder over given caches: replayed where it would be.
+
+    Raises as `find_native`.
+    """
+    native = find_native(settings.kernels) if device.type == "cpu" else None
+
+    def steps(decoder: Decoder, caches: Sequence[Tensor]) -> Callable[[StepInputs], object]:
+        replays = recorded(native, decoder, caches)
+
+        def step(inputs: StepInputs) -> object:
+            found = replays.logits(inputs)
+            if found is None:
+                found = decoder.logits(decoder(inputs, caches))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            return found
+
+        return step
+
+    return steps
 
 
 def engine_step_seconds(batch: int, vocab_size: int, settings: EngineSettings) -> float:
