@@ -44,7 +44,7 @@ def calibrate_device(
     peaks = device_peaks(target.kind, target.name, target.dtype, progress=progress, anew=True)
     cache = cache_bytes(device) or ASSUMED
     products = tuple(product_times(device, dtype, cache_bytes=cache, progress=progress))
-    layers = tuple(layer_times(device, dtype, steps, progress=progress))
+    layers = tuple(layer_times(device, dtype, steps, cache_bytes=cache, progress=progress))
     record = KernelTimes(
         device=target.name,
         dtype=target.dtype,

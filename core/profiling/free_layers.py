@@ -1,7 +1,9 @@
 """Time what a layer does beside its products: attention, norms, rotation, activation.
 
 Decoders whose products cost nothing are run as the engine runs them; what a layer takes is what
-one of several layers takes longer than one of a single layer.
+one of several layers takes longer than one of a single layer. Before each run the last-level cache
+is filled with something else, as the weights of a real model fill it: keys and values come from
+memory.
 """
 
 import statistics
@@ -30,6 +32,8 @@ returns when a step is done."""
 _BLOCK = 16
 _MORE = 5
 """Layers of the larger decoder."""
+_CACHES = 4
+"""Times the last-level cache is what is read in between."""
 _VOCABULARY = 64
 _LEAST = 1e-7
 
@@ -54,14 +58,20 @@ _PREFILLS = ((1, 32, 32), (1, 128, 128), (1, 512, 512), (1, 1024, 1024), (4, 128
 
 
 def layer_times(
-    device: torch.device, dtype: torch.dtype, steps: Steps, *, progress: ProgressCallback
+    device: torch.device,
+    dtype: torch.dtype,
+    steps: Steps,
+    *,
+    cache_bytes: int,
+    progress: ProgressCallback,
 ) -> Iterator[LayerTime]:
     """Median times of a layer without its products, over sizes, batches and contexts."""
+    other = torch.ones(_CACHES * cache_bytes // 8, dtype=torch.int64, device=device)
     for done, sizes in enumerate(_SIZES):
         for batch, new, context in (*_DECODES, *_PREFILLS):
             note = f"{batch} x {new} tokens at {context}"
             progress(Progress("measure layers", done, len(_SIZES), note))
-            seconds = _layer(sizes, batch, new, context, device, dtype, steps)
+            seconds = _layer(sizes, batch, new, context, dtype, steps, other)
             yield LayerTime(
                 batch=batch,
                 new=new,
@@ -80,11 +90,12 @@ def _layer(
     batch: int,
     new: int,
     context: int,
-    device: torch.device,
     dtype: torch.dtype,
     steps: Steps,
+    other: Tensor,
 ) -> float:
-    """Seconds of one layer: both decoders in turns, the median of the differences."""
+    """Seconds of one layer: both decoders in turns, each after `other` was read."""
+    device = other.device
     inputs = _inputs(batch, new, context, device, dtype)
     blocks = batch * -(-context // _BLOCK)
     caches = [
@@ -99,10 +110,11 @@ def _layer(
 
     def turn() -> None:
         for step, kept in zip(both, times, strict=True):
+            other.sum().item()
             kept.append(timed(lambda step=step: step(inputs)))  # type: ignore[misc]
 
     with torch.inference_mode():
-        repeat_for(turn, seconds=0.15, warmup=2, least=5, most=60)
+        repeat_for(turn, seconds=0.3, warmup=2, least=7, most=30)
     one, more = (statistics.median(kept[2:]) for kept in times)
     return max(_LEAST, (more - one) / (_MORE - 1))
 

@@ -6,6 +6,7 @@ be replayed so.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from itertools import cycle
 
 import torch
@@ -36,6 +37,8 @@ _WEIGHTS = (
 )  # fmt: skip
 _LONGEST = 0.6
 """Seconds: shapes that are expected to take more in one call are left out."""
+_CACHES = 8
+"""Times the last-level cache is what weights of one shape take together."""
 _GROUP = 64
 _RUNS = 7
 
@@ -87,10 +90,14 @@ def several(
     cache_bytes: int,
     choice: NativeChoice | None,
 ) -> list[Projection]:
-    """As many random weights as the last-level cache does not hold, twice over, up to 64."""
+    """So many weights that next to nothing of one is in the last-level cache when its turn comes.
+
+    Twice what the cache holds is too little: half of that was found there.
+    """
     first = build(form, n, k, device, dtype, choice)
-    copies = max(1, min(64, -(-2 * cache_bytes // first.nbytes)))
-    return [first, *(build(form, n, k, device, dtype, choice) for _ in range(copies - 1))]
+    copies = max(1, -(-_CACHES * cache_bytes // first.nbytes))
+    kept = {} if choice is None else {id(choice.native): choice.native}
+    return [first, *(deepcopy(first, dict(kept)) for _ in range(copies - 1))]
 
 
 def product_time(weights: Sequence[Projection], x: Tensor, native: Native | None) -> float:

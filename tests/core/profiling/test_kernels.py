@@ -15,7 +15,13 @@ from infopt.core.models.decoder import Decoder, StepInputs
 from infopt.core.profiling import drift as drifting
 from infopt.core.profiling import free_layers, kernels
 from infopt.core.profiling.free_layers import layer_times
-from infopt.core.profiling.kernels import FORMATS, build, product_time, product_times
+from infopt.core.profiling.kernels import (
+    FORMATS,
+    build,
+    product_time,
+    product_times,
+    several,
+)
 from infopt.core.progress import silent
 from infopt.core.recipe.serve import EngineSettings
 from infopt.core.runtime.step_times import engine_steps
@@ -73,12 +79,29 @@ def test_products_over_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_WEIGHTS", ((64, 32), (32, 64)))
     monkeypatch.setattr(kernels, "_ROWS", (1, 4))
     found = list(
-        product_times(CPU, torch.float32, cache_bytes=1, formats=("dense",), progress=silent)
+        product_times(CPU, torch.float32, cache_bytes=3000, formats=("dense",), progress=silent)
     )
     assert [(one.m, one.n, one.k) for one in found] == [
         (1, 64, 32), (4, 64, 32), (1, 32, 64), (4, 32, 64),
     ]  # fmt: skip
     assert all(0 < one.seconds < 1 for one in found)
+
+
+def test_more_weights_than_the_cache_holds(native: Native) -> None:
+    """Each with memory of its own, and the library shared."""
+    choice = NativeChoice(native, torch.float32, None)
+    for form in FORMATS:
+        found = several(form, 64, 128, CPU, torch.float32, cache_bytes=10_000, choice=choice)
+        assert len(found) == math.ceil(80_000 / found[0].nbytes)
+        addresses = {
+            value.data_ptr()
+            for each in found
+            for part in (each, getattr(each, "weight", None))
+            for value in (getattr(part, name, None) for name in ("panels", "codes", "weight"))
+            if isinstance(value, Tensor)
+        }
+        assert len(addresses) == len(found), form
+        assert len({id(getattr(each, "native", None)) for each in found}) == 1
 
 
 @pytest.mark.parametrize("word", ["torch", "auto"])
@@ -102,7 +125,7 @@ def test_layers_without_their_products(monkeypatch: pytest.MonkeyPatch, word: An
 
         return kept
 
-    found = list(layer_times(CPU, torch.float32, steps, progress=silent))
+    found = list(layer_times(CPU, torch.float32, steps, cache_bytes=1024, progress=silent))
     assert [(one.batch, one.new, one.context) for one in found] == [(2, 1, 20), (1, 12, 12)]
     assert all(0 < one.seconds < 1 for one in found)
     assert {len(logits) for logits in seen} == {2, 12}
