@@ -41,6 +41,8 @@ _CACHES = 8
 """Times the last-level cache is what weights of one shape take together."""
 _GROUP = 64
 _RUNS = 7
+_RUN = 0.03
+"""Seconds that one run through the weights may take."""
 
 
 def product_times(
@@ -75,7 +77,7 @@ def _products(
             break
         x = torch.randn(m, k, device=device).to(dtype)
         # Large products are bound by computing: fewer weights tell as much.
-        few = weights[: max(1, int(_LONGEST / 4 / max(last, 1e-9)))]
+        few = weights[: max(1, int(_RUN / max(last, 1e-9)))]
         last = product_time(few, x, None if choice is None else choice.native)
         yield ProductTime(format=form, m=m, n=n, k=k, seconds=last)
 
