@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from infopt.core.layers.linear import Linear, Projection
 from infopt.core.layers.native import NativeGroups, NativeInt8, NativeLinear
 from infopt.core.layers.quantized import QuantizedLinear, in_tiles
 from infopt.core.layers.rounded import RoundedLinear
+from infopt.kernels.cpu.arena import Arena
 from infopt.kernels.cpu.dense import pack_dense, packable
 from infopt.kernels.cpu.groups import pack_groups, packable_groups
 from infopt.kernels.cpu.int8 import INPUTS, Grid, pack_int8
@@ -29,6 +31,7 @@ _RUNS = 3
 _WORTH = 2.0
 """By so much, over both numbers of rows, torch must be faster: a decoder all of whose parts are
 native is replayed in one call, which no product that is called from Python shows."""
+_Native = TypeVar("_Native", NativeLinear, NativeGroups, NativeInt8)
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -44,6 +47,8 @@ class NativeChoice:
     compare: Callable[[Projection, Projection, int, torch.dtype], bool] = field(
         default_factory=lambda: native_is_faster
     )
+    arena: Arena = field(default_factory=Arena)
+    """Where the weights of native projections lie."""
     found: int = 0
     """How many shapes were measured anew."""
 
@@ -64,7 +69,8 @@ class NativeChoice:
 
     def _dense(self, linear: Linear) -> Projection:
         native = NativeLinear(self.native, pack_dense(linear.weight), _bias(linear.bias))
-        return native if self._takes("dense", linear, native, linear.weight.shape) else linear
+        takes = self._takes("dense", linear, native, linear.weight.shape)
+        return self._placed(native) if takes else linear
 
     def _groups(self, linear: QuantizedLinear) -> Projection:
         weight = linear.weight
@@ -77,7 +83,7 @@ class NativeChoice:
         packed = pack_groups(codes, weight.scales, weight.zeros, weight.bits)
         native = NativeGroups(self.native, packed, _bias(linear.bias), linear.columns)
         form = f"W{weight.bits}A16 g{packed.group}{'' if packed.zeros is None else ' zeros'}"
-        return native if self._takes(form, torchs, native, weight.shape) else torchs
+        return self._placed(native) if self._takes(form, torchs, native, weight.shape) else torchs
 
     def _int8(self, linear: Int8Linear) -> Projection:
         form, fixed = linear.activation, linear.input_scale
@@ -85,7 +91,12 @@ class NativeChoice:
         grid = Grid(form.largest, 1 << (form.bits - 1), fixed)
         packed = pack_int8(linear.codes, linear.scales)
         native = NativeInt8(self.native, packed, grid, _bias(linear.bias))
-        return native if self._takes("W8A8", linear, native, linear.codes.shape) else linear
+        takes = self._takes("W8A8", linear, native, linear.codes.shape)
+        return self._placed(native) if takes else linear
+
+    def _placed(self, native: _Native) -> _Native:
+        """The same, its weight behind those that were chosen before it."""
+        return replace(native, weight=self.arena.take(native.weight))
 
     def _takes(
         self, form: str, torchs: Projection, native: Projection, shape: Sequence[int]

@@ -26,7 +26,10 @@ class Call(ctypes.Structure):
     """One op to run: pool.h's `Call`. Tensors that its arguments point to must outlive it."""
 
     held: object = None
-    _fields_ = (("op", c_void_p), ("args", c_void_p), ("parts", c_int64))
+    _fields_ = (
+        ("op", c_void_p), ("args", c_void_p), ("parts", c_int64), ("ahead", c_void_p),
+        ("ahead_bytes", c_int64),
+    )  # fmt: skip
 
 
 class CountArgs(ctypes.Structure):

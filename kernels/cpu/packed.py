@@ -48,6 +48,7 @@ def dense(
         },
         parts=parts(1, outputs, inputs, program.threads),
         changes=y,
+        weight=weight.panels,
     )
     return y
 
@@ -100,6 +101,7 @@ def groups(
         },
         parts=parts(1, outputs, inputs, program.threads),
         changes=y,
+        weight=weight.codes,
     )
     return y
 
@@ -153,6 +155,7 @@ def int8(
         },
         parts=parts(1, outputs, inputs, program.threads),
         changes=y,
+        weight=weight.codes,
     )
     return y
 

@@ -55,6 +55,9 @@ class Program:
         self._labels: list[tuple[str, int | None]] = []
         self._kept: list[Any] = []
         self._ready: ctypes.Array[Call] | None = None
+        self._from = 0
+        self._first: tuple[int, int] | None = None
+        """Of the first weight, address and bytes."""
         self.label = ""
         """What calls are for that are appended from here on."""
         self.layer: int | None = None
@@ -98,12 +101,14 @@ class Program:
         parts: int,
         out: Tensor | None = None,
         changes: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> None:
         """Append the op `name`, its arguments of the structure `kind`, cut into `parts`.
 
         Where it finds how many rows there are is set here. Tensors are kept, and must be contiguous
         but for what the op knows of. `out` is what it fills, if its arguments have a place for a
         rounded copy of that; `changes` is what it fills or changes without one.
+        `weight` is what it reads most of: threads that wait fetch it while earlier calls end.
         """
         held = {key: None if t is None else t.data_ptr() for key, t in tensors.items()}
         args = kind(rows=self.count.number.data_ptr(), **held, **numbers)
@@ -112,9 +117,18 @@ class Program:
             self._makers.pop(changes.data_ptr(), None)
         if out is not None:
             self._makers[out.data_ptr()] = args
+        if weight is not None:
+            self._fetch(weight)
         self._calls.append(call(self._native.op(name, kind), args, parts))
         self._labels.append((self.label or name, self.layer))
         self._ready = None
+
+    def _fetch(self, weight: Tensor) -> None:
+        """Calls from the last that has a weight on fetch this one; those after it, the first's."""
+        for each in self._calls[self._from :]:
+            each.ahead, each.ahead_bytes = weight.data_ptr(), weight.nbytes
+        self._first = self._first or (weight.data_ptr(), weight.nbytes)
+        self._from = len(self._calls)
 
     def parts(self, numbers: int) -> int:
         """Into how many parts an op is cut that goes through so many numbers, all alike."""
@@ -149,6 +163,8 @@ class Program:
     def run(self) -> None:
         """Do all that was appended, on up to `threads` threads."""
         if self._ready is None:
+            for each in self._calls[self._from :]:
+                each.ahead, each.ahead_bytes = self._first or (None, 0)
             self._ready = in_order(self._calls)
         self._native.run(self._ready, self.threads)
 

@@ -16,6 +16,27 @@ namespace {
 // About 20 us: longer than between two calls of a step, shorter than what a neighbour would miss.
 constexpr int kSpins = 1000;
 constexpr std::int64_t kMostParts = 0xFFFF;
+// What is fetched between two looks at the state, and at most: no more than stays in a cache.
+constexpr std::int64_t kFetched = 1024, kMostFetched = 384 * 1024;
+
+// What a waiting thread fetches: addresses only, which are never read, so that they may be gone.
+struct Ahead {
+    const char* begin = nullptr;
+    std::int64_t done = 0, bytes = 0;
+
+    void meet(const Call& call) {
+        if (call.ahead == begin) return;
+        begin = call.ahead, done = 0;
+        bytes = call.ahead_bytes < kMostFetched ? call.ahead_bytes : kMostFetched;
+    }
+
+    bool fetch() {
+        if (done >= bytes) return false;
+        for (std::int64_t i = 0; i < kFetched; i += 64) __builtin_prefetch(begin + done + i, 0, 2);
+        done += kFetched;
+        return true;
+    }
+};
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -46,12 +67,13 @@ class Pool {
         first_ = epoch(state_.load(std::memory_order_relaxed)) + 1;
         want(threads - 1);
         publish(0);
+        Ahead ahead;
         for (;;) {
-            if (take_part()) continue;
+            if (take_part(ahead)) continue;
             const std::uint64_t seen = state_.load(std::memory_order_acquire);
             if (next(seen) < parts(seen)) continue;
             if (epoch(seen) - first_ == count_) break;
-            wait(seen);
+            wait(seen, ahead);
         }
     }
 
@@ -63,7 +85,7 @@ class Pool {
     static std::uint32_t next(std::uint64_t state) { return (state >> 16) & 0xFFFF; }
     static std::uint32_t parts(std::uint64_t state) { return state & 0xFFFF; }
 
-    bool take_part() {
+    bool take_part(Ahead& ahead) {
         std::uint64_t seen = state_.load(std::memory_order_acquire);
         while (next(seen) < parts(seen)) {
             if (!state_.compare_exchange_weak(seen, seen + (1u << 16), std::memory_order_acq_rel,
@@ -71,6 +93,7 @@ class Pool {
                 continue;
             const std::uint32_t index = epoch(seen) - first_;
             const Call& call = calls_[index];
+            ahead.meet(call);
             call.op(call.args, next(seen), parts(seen));
             if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == parts(seen)) publish(index + 1);
             return true;
@@ -93,7 +116,9 @@ class Pool {
         }
     }
 
-    void wait(std::uint64_t seen) {
+    void wait(std::uint64_t seen, Ahead& ahead) {
+        while (state_.load(std::memory_order_acquire) == seen && ahead.fetch()) {
+        }
         for (int spin = 0; spin < kSpins; ++spin) {
             if (state_.load(std::memory_order_acquire) != seen) return;
             relax();
@@ -115,10 +140,11 @@ class Pool {
     }
 
     void work(int id) {
+        Ahead ahead;
         for (;;) {
             const std::uint64_t seen = state_.load(std::memory_order_acquire);
-            if (take_part()) continue;
-            wait(seen);
+            if (take_part(ahead)) continue;
+            wait(seen, ahead);
             std::unique_lock<std::mutex> lock(mutex_);
             wanted_.wait(lock, [&] { return stop_ || id < limit_; });
             if (stop_) return;

@@ -17,6 +17,9 @@ struct Call {
     Op op;
     const void* args;
     std::int64_t parts;
+    // What the calls behind this one read first: a thread that waits for others fetches it.
+    const char* ahead;
+    std::int64_t ahead_bytes;
 };
 
 // Runs the calls one after the other on up to `threads` threads, the caller's among them; returns

@@ -26,6 +26,11 @@ ALONE = torch.arange(9, dtype=torch.int32)
 CONTEXTS = (1, 16, 63, 64, 65, 300, 1500)
 
 
+def rounds(native: Native, dtype: torch.dtype, shape: Heads) -> bool:
+    """Whether queries and weights of few rows are rounded to bfloat16."""
+    return native.isa == "avx512" and dtype == torch.bfloat16 and shape.head_dim % 32 == 0
+
+
 def filled(shape: Heads, dtype: torch.dtype, contexts: tuple[int, ...], size: int):  # type: ignore[no-untyped-def]
     """A cache, the blocks of each row, and what of the cache is in use."""
     width = -(-max(contexts) // size)
@@ -70,11 +75,14 @@ def test_attention(native: Native, shape: Heads, dtype: torch.dtype, scores: Sco
     scratch.parts.fill_(torch.nan)
     out = attend(program, qkv, cache, positions, ALONE, tables, shape, scores, scratch)
     rounded = program.rounded(out)
-    wanted = reference(qkv, cache, tables[: len(CONTEXTS)], CONTEXTS, shape, scores)
+    rounding = rounds(native, dtype, shape)
+    given = qkv.bfloat16().float() if rounding else qkv
+    wanted = reference(given, cache, tables[: len(CONTEXTS)], CONTEXTS, shape, scores)
+    close = {"rtol": 0.0, "atol": 5e-3} if rounding else {"rtol": 2e-5, "atol": 2e-5}
     for _ in range(2):  # the second time as the first
         out.fill_(torch.nan)
         program.run()
-        torch.testing.assert_close(out[: len(CONTEXTS)], wanted, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(out[: len(CONTEXTS)], wanted, **close)
         assert out[len(CONTEXTS) :].isnan().all()
         assert torch.equal(rounded[: len(CONTEXTS)], out[: len(CONTEXTS)].bfloat16())
 
@@ -120,7 +128,8 @@ def test_several_rows_of_one_request(
         qkv.view(len(qkv), -1, shape.head_dim)[:, : shape.heads], keys_of(held), values_of(held),
         tables.long(), contexts, starts, scores.scale, window=scores.window, cap=scores.cap,
     )  # fmt: skip
-    torch.testing.assert_close(whole, wanted.flatten(1), rtol=3e-5, atol=3e-5)
+    close = 2e-2 if rounds(native, dtype, shape) else 3e-5
+    torch.testing.assert_close(whole, wanted.flatten(1), rtol=close, atol=close)
     if rows < CHUNK:
         for row in range(len(qkv)):
             assert torch.equal(run(slice(row, row + 1), 1)[0], whole[row])

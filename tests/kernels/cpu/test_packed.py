@@ -80,3 +80,16 @@ def test_rows_and_columns(native: Native, dtype: torch.dtype) -> None:
     check(x, wanted, torch.float32)
     check(y, wanted[:, order], torch.float32)
     check(rounded, wanted[:, order].bfloat16(), torch.bfloat16)
+
+
+def test_waiting_threads_are_told_what_is_read_next(native: Native) -> None:
+    """Each call the weight of the next product behind it; those after the last, the first's."""
+    program, x = program_of(native), torch.randn(CAPACITY, 64)
+    first, second = (pack_dense(torch.randn(32, 64)) for _ in range(2))
+    packed.dense(program, x, first, None)
+    packed.columns(program, x, torch.arange(64, dtype=torch.int32))
+    packed.dense(program, x, second, None)
+    program.run()
+    own = [(call.ahead, call.ahead_bytes) for call in program._calls]
+    there = (second.panels.data_ptr(), second.nbytes)
+    assert own == [there, there, (first.panels.data_ptr(), first.nbytes)]

@@ -112,144 +112,7 @@ static inline void find_rows(const AttendArgs& a, int64_t row, int64_t kv, int64
     }
 }
 
-// s[g][t] = q[g] . keys[t] for G heads; keys are padded by AHEAD tokens, s to a multiple of W.
-// Values are fetched on the way: they are needed next.
-template <class Kv, int G>
-static inline void dot(const float* q, int64_t stride, const char* const* keys, int64_t to_values,
-                       int64_t tokens, int64_t n, float* s) {
-    for (int64_t t = 0; t < tokens; t += W) {
-        vf held[G][W];
-        for (int j = 0; j < W; j++) {
-            const char* row = keys[t + j];
-            for (int64_t b = 0; b < n * (int64_t)sizeof(typename Kv::T); b += 64) {
-                __builtin_prefetch(keys[t + j + AHEAD] + b);
-                __builtin_prefetch(row + to_values + b);
-            }
-            vf total[G] = {};
-            for (int64_t i = 0; i < n; i += 2 * W) {
-                vf a, b;
-                pair_of<Kv>(row, i, n, a, b);
-                for (int g = 0; g < G; g++)
-                    total[g] += a * load<vf>(q + g * stride + i) + b * load<vf>(q + g * stride + i + W);
-            }
-            for (int g = 0; g < G; g++) held[g][j] = total[g];
-        }
-        for (int g = 0; g < G; g++) store(s + g * TOKENS + t, sums(held[g]));
-    }
-}
-
-// out[g] += sum over t of p[g][t] * values[t], in pairs' order.
-template <class Kv, int G>
-static inline void mix(const float* p, const char* const* values, int64_t tokens, int64_t n,
-                       float* out, int64_t stride) {
-    constexpr int WIDE = W == 16 ? 2 : 1;
-    for (int64_t i = 0; i < n; i += 2 * W * WIDE) {
-        vf total[G][2 * WIDE];
-        bool both = WIDE == 2 && i + 2 * W < n;
-        for (int g = 0; g < G; g++)
-            for (int w = 0; w < 2 * WIDE; w++)
-                total[g][w] = w < 2 || both ? load<vf>(out + g * stride + i + w * W) : vf{};
-        for (int64_t t = 0; t < tokens; t++) {
-            vf v[2 * WIDE] = {};
-            pair_of<Kv>(values[t], i, n, v[0], v[1]);
-            if constexpr (WIDE == 2)
-                if (both) pair_of<Kv>(values[t], i + 2 * W, n, v[2], v[3]);
-            for (int g = 0; g < G; g++)
-                for (int w = 0; w < 2 * WIDE; w++) total[g][w] += p[g * TOKENS + t] * v[w];
-        }
-        for (int g = 0; g < G; g++)
-            for (int w = 0; w < 2 * WIDE; w++)
-                if (w < 2 || both) store(out + g * stride + i + w * W, total[g][w]);
-    }
-}
-
-// Scores become weights, in place; returns their sum. What is beyond `tokens` is cleared.
-static inline float weigh(float* s, int64_t tokens, float scale, float cap, float &most) {
-    int64_t padded = (tokens + W - 1) / W * W;
-    for (int64_t t = tokens; t < padded; t++) s[t] = s[0];
-    vf high = splat(-INFINITY);
-    for (int64_t t = 0; t < padded; t += W) {
-        vf x = load<vf>(s + t) * scale;
-        if (cap != 0) x = cap * hyperbolic_tangent(x / cap);
-        store(s + t, x);
-        high = larger(x, high);
-    }
-    float found = largest(high);
-    most = found > most ? found : most;
-    vf total{};
-    for (int64_t t = 0; t < padded; t += W) {
-        vf e = exponential(load<vf>(s + t) - most);
-        if (t + W > tokens)
-            for (int j = 0; j < W; j++)
-                if (t + j >= tokens) e[j] = 0;
-        store(s + t, e);
-        total += e;
-    }
-    return sum(total);
-}
-
-// For G heads of one key head: largest score, sum of weights, weighted values (in pairs' order).
-template <class Kv, int G>
-static void piece(const AttendArgs &a, const float* q, int64_t stride, const char* const* keys,
-                  const char* const* values, const float* scales, int64_t tokens, bool first,
-                  float* most, float* weight, float* out) {
-    alignas(64) float s[G * TOKENS];
-    dot<Kv, G>(q, stride, keys, a.kv_heads * a.row_bytes, tokens, a.head_dim, s);
-    for (int g = 0; g < G; g++) {
-        float* own = s + g * TOKENS, before = most[g];
-        if (scales)
-            for (int64_t t = 0; t < tokens; t++) own[t] *= scales[t];
-        float found = weigh(own, tokens, a.scale, a.cap, most[g]);
-        if (first) {
-            weight[g] = found;
-        } else {
-            float faded = exponential(splat(before - most[g]))[0];
-            weight[g] = weight[g] * faded + found;
-            for (int64_t i = 0; i < stride; i++) out[g * stride + i] *= faded;
-        }
-        if (scales)
-            for (int64_t t = 0; t < tokens; t++) own[t] *= scales[TOKENS + t];
-    }
-    mix<Kv, G>(s, values, tokens, a.head_dim, out, stride);
-}
-
-// One piece of one row's context for the query heads [0, group) of a key head.
-template <class Kv>
-static void attend_piece(const AttendArgs &a, int64_t row, int64_t kv, int64_t from, int64_t to,
-                         float* found) {
-    int64_t group = a.heads / a.kv_heads, n = a.head_dim, stride = padded_dim(n);
-    const char *keys[TOKENS + AHEAD], *values[TOKENS + AHEAD];
-    float scales[2 * TOKENS];
-    bool scaled = sizeof(typename Kv::T) == 1;
-    for (int64_t start = from; start < to; start += TOKENS) {
-        int64_t tokens = to - start < TOKENS ? to - start : TOKENS;
-        find_rows(a, row, kv, start, start + tokens, keys, values);
-        for (int64_t t = 0; scaled && t < tokens; t++) {
-            std::memcpy(scales + t, keys[t] + a.row_bytes - 4, 4);
-            std::memcpy(scales + TOKENS + t, values[t] + a.row_bytes - 4, 4);
-        }
-        // Beyond the piece stand the next head's keys, which are likely to be needed next.
-        for (int64_t t = 0; t < AHEAD; t++)
-            keys[tokens + t] = keys[t < tokens ? t : tokens - 1] + a.row_bytes;
-        for (int64_t g = 0; g < group;) {
-            int64_t some = group - g < 4 ? group - g : 4;
-            alignas(64) float q[4 * MOST_DIM];
-            const float* given = a.qkv + (row * (a.heads + 2 * a.kv_heads) + kv * group + g) * n;
-            for (int64_t h = 0; h < some; h++) arranged<Kv>(given + h * n, n, q + h * stride);
-            float *most = found + g, *weight = found + group + g;
-            float* out = found + 2 * group + g * stride;
-            const float* both = scaled ? scales : nullptr;
-            bool first = start == from;
-            switch (some) {
-                case 1: piece<Kv, 1>(a, q, stride, keys, values, both, tokens, first, most, weight, out); break;
-                case 2: piece<Kv, 2>(a, q, stride, keys, values, both, tokens, first, most, weight, out); break;
-                case 3: piece<Kv, 3>(a, q, stride, keys, values, both, tokens, first, most, weight, out); break;
-                default: piece<Kv, 4>(a, q, stride, keys, values, both, tokens, first, most, weight, out);
-            }
-            g += some;
-        }
-    }
-}
+#include "../pieces.h"
 
 // Put the pieces of one row and key head together, in their order.
 template <class Kv>
@@ -299,7 +162,8 @@ struct Group {
 };
 
 template <class Kv>
-static void attend_item(const AttendArgs& a, int64_t row, int64_t alone, int64_t number, int64_t kv) {
+static void attend_item(const AttendArgs& a, int64_t row, int64_t alone, int64_t number, int64_t kv,
+                        bool goes_on) {
     const int64_t group = a.heads / a.kv_heads, size = group * (padded_dim(a.head_dim) + 2);
     const Pieces cut = pieces_of(a.positions[row], a.window);
     if (number >= cut.count) return;
@@ -309,7 +173,8 @@ static void attend_item(const AttendArgs& a, int64_t row, int64_t alone, int64_t
     float* own = parts + number * size;
     for (int64_t g = 0; g < group; g++) own[g] = -INFINITY;
     std::memset(own + group, 0, (size - group) * 4);
-    attend_piece<Kv>(a, row, kv, from, to, own);
+    const int64_t after = to + cut.each < last ? to + cut.each : last;
+    attend_piece<Kv>(a, row, kv, from, to, goes_on ? after : to, own);
     int32_t* done = a.done + alone * a.kv_heads + kv;
     if (__atomic_add_fetch(done, 1, __ATOMIC_ACQ_REL) == cut.count) {
         join<Kv>(a, row, kv, parts, cut.count, size);
@@ -338,7 +203,8 @@ static void attend_rows(const AttendArgs& a, int64_t part, int64_t parts) {
                 attend_chunk<Kv>(a, {begin, stop < rows.end ? stop : rows.end, kv});
                 continue;
             }
-            attend_item<Kv>(a, rows.begin + rest % count, alone + rest % count, rest / count, kv);
+            attend_item<Kv>(a, rows.begin + rest % count, alone + rest % count, rest / count, kv,
+                            count == 1 && i + a.kv_heads < own.end);
         }
         item = end;
         row = rows.end;
