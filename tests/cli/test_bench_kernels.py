@@ -31,3 +31,12 @@ def test_json_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_cannot_be_measured(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_app(["bench", "kernels", *words.split()]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_tiles_are_measured_on_a_gpu_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert run_app(["bench", "kernels", "--tune"]) == 1
+    assert "NVIDIA GPU" in capsys.readouterr().err
