@@ -110,9 +110,7 @@ def dot(
     tl.store(to, acc.to(out.dtype.element_ty), mask=(m[:, None] < count) & (n[None, :] < columns))
 
 
-def tile_key(
-    count: int, weight: Fp8Matrix, dtype: torch.dtype, *, fixed: bool = False
-) -> Key:
+def tile_key(count: int, weight: Fp8Matrix, dtype: torch.dtype, *, fixed: bool = False) -> Key:
     """dtype: of the inputs."""
     outputs, inputs = weight.shape
     return product_key(count, outputs, inputs, dtype, fixed=fixed, blocks=int(weight.blocks))

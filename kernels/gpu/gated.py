@@ -52,9 +52,7 @@ def activated(gate, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def gated(
-    gate_up, out, columns, stride, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
-):
+def gated(gate_up, out, columns, stride, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     """One piece of a row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -105,9 +105,7 @@ def tile_key(
 ) -> Key:
     """Sums are exact: only those with outliers depend on how they are made."""
     fixed = fixed and outliers
-    return product_key(
-        count, outputs, inputs, torch.int8, fixed=fixed, outliers=int(outliers)
-    )
+    return product_key(count, outputs, inputs, torch.int8, fixed=fixed, outliers=int(outliers))
 
 
 def int8_linear(

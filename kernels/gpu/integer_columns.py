@@ -69,9 +69,7 @@ def packable_columns(bits: int, inputs: int, groups: int) -> bool:
     return groups == 1 or inputs // groups % _LEAST_GROUP == 0
 
 
-def pack_columns(
-    codes: Tensor, scales: Tensor, zeros: Tensor | int, bits: int
-) -> IntegerColumns:
+def pack_columns(codes: Tensor, scales: Tensor, zeros: Tensor | int, bits: int) -> IntegerColumns:
     """Codes uint8 [N, K], scales [N, G], zeros uint8 [N, G] or one for all; where they lie."""
     outputs, inputs = codes.shape
     assert packable_columns(bits, inputs, scales.shape[1])
@@ -134,11 +132,14 @@ def dequantize(
     if ZERO < 0:
         zero = tl.load(zeros + at, mask=there, other=0).to(tl.float32)
     for j in tl.static_range(PER):
-        place: tl.constexpr = place_of(j, BITS)
         if ZERO < 0:
-            steps = (number_of(q, j, BITS) - (MAGIC_VALUE + zero * place)) / place
+            steps = (number_of(q, j, BITS) - (MAGIC_VALUE + zero * place_of(j, BITS))) / place_of(
+                j, BITS
+            )
         else:
-            steps = (number_of(q, j, BITS) - (8388608.0 + ZERO * place)) / place
+            steps = (number_of(q, j, BITS) - (8388608.0 + ZERO * place_of(j, BITS))) / place_of(
+                j, BITS
+            )
         k = w * PER + j
         to = out + k[:, None].to(tl.int64) * out_stride + n[None, :]
         tl.store(to, (steps * scale).to(out.dtype.element_ty), mask=there & (k[:, None] < inputs))

@@ -59,14 +59,13 @@ def vector(
             zero = tl.load(zeros + at, mask=there, other=0).to(tl.float32)
         part = tl.zeros((BLOCK_W, BLOCK_N), tl.float32)
         for j in tl.static_range(PER):
-            place: tl.constexpr = place_of(j, BITS)
             k = w * PER + j
             value = tl.load(x + row * x_stride + k, mask=k < inputs, other=0.0).to(tl.float32)
             if ZERO < 0:
-                steps = number_of(q, j, BITS) - (MAGIC_VALUE + zero * place)
+                steps = number_of(q, j, BITS) - (MAGIC_VALUE + zero * place_of(j, BITS))
             else:
-                steps = number_of(q, j, BITS) - (8388608.0 + ZERO * place)
-            part += steps * (value * (1.0 / place))[:, None]
+                steps = number_of(q, j, BITS) - (8388608.0 + ZERO * place_of(j, BITS))
+            part += steps * (value / place_of(j, BITS))[:, None]
         if GROUP:
             acc += part * tl.load(scales + at, mask=there, other=0.0).to(tl.float32)
         else:
@@ -81,17 +80,17 @@ def vector(
 
 
 @triton.jit
-def steps_of(q, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Codes less their zero in DTYPE, exactly; zero is a float32, or a block of them."""
-    if DTYPE == tl.float16:
+def steps_of(q, zero, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Codes less their zero in dtype, exactly; zero is a float32, or a block of them."""
+    if dtype == tl.float16:
         there = (q | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)  # 1024 and the code
         found = there - (zero + 1024.0).to(tl.float16)
-    elif DTYPE == tl.bfloat16 and BITS < 8:
+    elif dtype == tl.bfloat16 and BITS < 8:
         there = (q | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)  # 128 and the code
         found = there - (zero + 128.0).to(tl.bfloat16)
     else:
         there = (q | 0x4B000000).to(tl.float32, bitcast=True)
-        found = (there - (zero + 8388608.0)).to(DTYPE)
+        found = (there - (zero + 8388608.0)).to(dtype)
     return found
 
 
@@ -142,9 +141,7 @@ def dot(
     tl.store(to, acc.to(out.dtype.element_ty), mask=there)
 
 
-def tile_key(
-    count: int, weight: IntegerColumns, dtype: torch.dtype, *, fixed: bool = False
-) -> Key:
+def tile_key(count: int, weight: IntegerColumns, dtype: torch.dtype, *, fixed: bool = False) -> Key:
     """Fixed: the same for any number of rows."""
     return product_key(count, *weight.shape, dtype, fixed=fixed, bits=weight.bits)
 

@@ -28,9 +28,7 @@ class Rounding:
     """Values that reach it become 0 and have no part in the scale (LLM.int8, arXiv 2208.07339)."""
 
 
-def reference(
-    x: Tensor, to: Rounding, fixed: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def reference(x: Tensor, to: Rounding, fixed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x [M, K] -> codes [M, K], scales float32 [M]; by a scale that is given, or each row's own."""
     values = x.float()
     if to.threshold is not None:
@@ -53,13 +51,13 @@ def scale_of(values, largest):
 
 
 @triton.jit
-def on_grid(values, scale, DTYPE: tl.constexpr):
-    """Steps of a row, in DTYPE."""
+def on_grid(values, scale, dtype: tl.constexpr):
+    """Steps of a row, in dtype."""
     steps = tl.div_rn(values, tl.zeros_like(values) + scale)
-    if DTYPE == tl.int8:
+    if dtype == tl.int8:
         found = tl.clamp((steps + _EVEN) - _EVEN, -128.0, 127.0).to(tl.int8)
     else:
-        found = tl.clamp(steps, -448.0, 448.0).to(DTYPE)
+        found = tl.clamp(steps, -448.0, 448.0).to(dtype)
     return found
 
 
@@ -73,10 +71,8 @@ def round_row(
     values = tl.load(x + row * x_stride + at, mask=at < columns, other=0.0).to(tl.float32)
     if THRESHOLD:
         values = tl.where(tl.abs(values) >= threshold, 0.0, values)
-    if FIXED:
-        scale = tl.load(fixed) + 0.0 * tl.sum(values, axis=0)
-    else:
-        scale = scale_of(values, largest)
+    still = 0.0 * tl.sum(values, axis=0)  # what is not finite shows in a static scale, too
+    scale = tl.load(fixed) + still if FIXED else scale_of(values, largest)
     found = on_grid(values, scale, codes.dtype.element_ty)
     tl.store(codes + row * columns + at, found, mask=at < columns)
     tl.store(scales + row, scale)

@@ -103,9 +103,7 @@ def level_of(
 
 
 @triton.jit
-def chosen(
-    logits, size, floor, level, ties, target, highest, slope, BLOCK: tl.constexpr
-):
+def chosen(logits, size, floor, level, ties, target, highest, slope, BLOCK: tl.constexpr):
     """The first token at which the weight so far passes `target`; `ties` of those at `level` count.
     If rounding leads past the end, the last token that counts at all."""
     found, last = tl.full((), -1, tl.int32), tl.full((), -1, tl.int32)
@@ -191,8 +189,11 @@ def extremes(logits, size, BLOCK: tl.constexpr):
 
 
 def sample(card: Card, logits: Tensor, how: Choosing) -> Tensor:
-    """logits [R, V] of any float dtype, their rows contiguous -> tokens int64 [R]; -1 for a row with
-    a NaN or +inf. A row's token depends on nothing but the row and how it is chosen from."""
+    """logits [R, V] of any float dtype, their rows contiguous -> tokens int64 [R].
+
+    -1 for a row with a NaN or +inf. A row's token depends on the row and on how it is chosen from,
+    and on nothing else.
+    """
     assert logits.stride(1) == 1
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     tile = card.tile("sample", columns=logits.shape[1])

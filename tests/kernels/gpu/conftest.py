@@ -69,7 +69,7 @@ def mutated(tmp_path: Path) -> Callable[[ModuleType, str, str], ModuleType]:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """What a launcher allocates is full of NaN, or of the largest integers, before it is written."""
+    """What a launcher allocates is full of NaN, or of the largest integers, until written."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     try:

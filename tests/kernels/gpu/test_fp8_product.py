@@ -111,16 +111,27 @@ def test_kernel_equals_reference(name: str, device: torch.device, card: Card) ->
 
 MUTATIONS = {
     "vector's blocks": ("n[:, None] // 128 * scale_columns", "n[:, None] // 128", "vector, blocks"),
-    "a block of inputs": ("scale_columns + first // 128\n            part", "scale_columns\n            part",
-                          "dot, blocks"),
+    "a block of inputs": (
+        "n // 128 * scale_columns + first // 128",
+        "n // 128 * scale_columns + 0 * first",
+        "dot, blocks",
+    ),
     "a block of outputs": ("at = scales + n // 128 *", "at = scales + 0 * n *", "dot, blocks"),
-    "a row's groups": ("row_columns + first // 128", "row_columns", "rounded, groups"),
-    "the end of a row": ("(m[:, None] < count) & (k[None, :] < inputs)\n        there",
-                         "(m[:, None] < count)\n        there", "dot, ends"),
-    "parts": ("split * BLOCK_K, inputs, SPLIT * BLOCK_K):\n        k = first + tl.arange(0, BLOCK_K)\n        here",
-              "0, inputs, SPLIT * BLOCK_K):\n        k = first + tl.arange(0, BLOCK_K)\n        here", "dot, split"),
+    "a row's groups": ("row_columns + first // 128", "row_columns + 0", "rounded, groups"),
+    "the end of a row": (
+        "(m[:, None] < count) & (k[None, :] < inputs)\n        there",
+        "(m[:, None] < count)\n        there",
+        "dot, ends",
+    ),
+    "parts": (
+        "in range(split * BLOCK_K, inputs, SPLIT * BLOCK_K):\n"
+        "        k = first + tl.arange(0, BLOCK_K)\n        here",
+        "in range(0, inputs, SPLIT * BLOCK_K):\n"
+        "        k = first + tl.arange(0, BLOCK_K)\n        here",
+        "dot, split",
+    ),
     "a row's scale": ("row_scales + m, mask", "row_scales + 0 * m, mask", "rounded, rows"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

@@ -149,7 +149,7 @@ def test_a_weight_that_is_wrong_is_found(
 
 PRODUCTS = {
     "vector's group": ("group = w * PER // GROUP if", "group = w // GROUP if", "vector, zeros"),
-    "vector's end of x": ("mask=k < inputs, other=0.0", "mask=k >= 0, other=0.0", "vector, channel"),
+    "vector's end of x": ("mask=k < inputs, other", "mask=k >= 0, other", "vector, channel"),
     "vector's parts": ("split * BLOCK_W, rows", "split, rows", "vector, split"),
     "dot's shifts": ("places = tl.arange(0, PER) * BITS", "places = tl.arange(0, PER) * 2", "dot"),
     "dot's magic": ("(zero + 128.0)", "(zero + 127.0)", "dot, bfloat16, zeros"),

@@ -100,9 +100,7 @@ def test_rounded_as_it_would_be_afterwards(
     for dtype in (F32, BF16):
         x, weight, stream = make(dtype, device)
         other = stream.clone()
-        codes, scales = rms_norm_rounded(
-            card, x, weight, 1e-5, to, stream if residual else None
-        )
+        codes, scales = rms_norm_rounded(card, x, weight, 1e-5, to, stream if residual else None)
         normed = rms_norm(card, x, weight, 1e-5, other if residual else None)
         wanted_codes, wanted_scales = round_rows(card, normed, to)
         assert torch.equal(codes.float(), wanted_codes.float())

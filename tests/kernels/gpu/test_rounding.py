@@ -61,7 +61,7 @@ def test_kernel_equals_the_format(
         ("(steps + _EVEN) - _EVEN", "tl.floor(steps + 0.5)", "int8"),
         ("tl.max(tl.abs(values), axis=0)", "tl.max(values, axis=0)", "int8"),
         (">= threshold", "> threshold * 1.2", "int8, outliers"),
-        ("scale == 0, 1.0, scale)\n    return scale + 0.0", "scale == 0, 2.0, scale)\n    return scale + 0.0", "float8"),
+        ("scale = tl.where(scale == 0, 1.0, scale)", "scale = scale + 0.0", "float8"),
     ],
 )  # fmt: skip
 def test_a_kernel_that_is_wrong_is_found(

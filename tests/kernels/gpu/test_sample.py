@@ -16,6 +16,8 @@ from infopt.kernels.gpu.sample import Choosing, reference, sample
 from infopt.kernels.gpu.tile import Card, Rule, Tile
 
 VOCABULARY = 77
+_LEAST_SHARE = 1e-5
+"""Of which float32 numbers below 1 still tell the middle."""
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -23,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 @pytest.fixture
 def small(card: Card) -> Card:
     """Blocks that a vocabulary has several of."""
-    return card.preferring({"sample": [Rule({}, Tile({"BLOCK": 64}, 4, 1))]})
+    return card.preferring({"sample": [Rule({}, Tile({"BLOCK": 32}, 4, 1))]})
 
 
 def choosing(
@@ -59,6 +61,9 @@ def logits_of(kind: str, device: torch.device) -> Tensor:
             x[torch.randperm(VOCABULARY)[:70]] = -torch.inf
         case "one left":
             x[torch.arange(VOCABULARY) != 40] = -torch.inf
+        case "late":  # in the last block, what comes after ties
+            x = torch.ones(VOCABULARY)
+            x[70:] = 2
         case "large":
             x = x * 1000
     return x.to(device)
@@ -75,17 +80,17 @@ def drawn(
 
 
 def check(
-    logits: Tensor, card: Card, kernels: ModuleType = module, most: int = 12, **how: Any
+    logits: Tensor, card: Card, kernels: ModuleType = module, most: int = 6, **how: Any
 ) -> None:
-    """The number in the middle of each token's share stands for it: of all tokens, or of the first,
-    the last and those with the least shares, which a wrong cut moves the most."""
+    """The number in the middle of each token's share stands for it: of all tokens, or of some all
+    over the vocabulary and of those with the least shares, which a wrong cut moves the most."""
     uniform = torch.zeros(1, device=logits.device)
     wanted = reference(logits[None], choosing(1, uniform, **how))[0]
-    kept = wanted.nonzero()[:, 0]
+    kept = (wanted > _LEAST_SHARE).nonzero()[:, 0]
     if len(kept) > most:
-        least = wanted[kept].argsort()[: most - 2]
-        ends = torch.tensor([0, len(kept) - 1], device=kept.device)
-        kept = kept[torch.cat((least, ends))]
+        least = wanted[kept].argsort()[: most // 2]
+        spread = torch.linspace(0, len(kept) - 1, most - most // 2).long().to(kept.device)
+        kept = kept[torch.cat((least, spread))]
     middles = wanted.cumsum(0)[kept] - wanted[kept] / 2
     found = drawn(logits, card, middles.float(), kernels, **how)
     assert torch.equal(found, kept), f"not close: {found.tolist()}, not {kept.tolist()}"
@@ -106,11 +111,14 @@ HOW = {
 }
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties", "all alike", "masked", "one left", "large"])
-@pytest.mark.parametrize("name", HOW)
-def test_each_token_has_its_share(
-    name: str, kind: str, device: torch.device, small: Card
-) -> None:
+EDGES = ("all alike", "masked", "one left", "large", "late")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*((kind, name) for kind in ("normal", "ties") for name in HOW), *((k, "all") for k in EDGES)],
+)
+def test_each_token_has_its_share(kind: str, name: str, device: torch.device, small: Card) -> None:
     check(logits_of(kind, device), small, **HOW[name])
 
 
@@ -129,7 +137,7 @@ def test_logits_of_16_bits(dtype: torch.dtype, device: torch.device, small: Card
     min_p=st.sampled_from([0.0, 0.013, 0.37]),
 )
 @settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_distribution_of_anything(
     device: torch.device, small: Card, seed: int, step: float, **how: Any
@@ -138,29 +146,25 @@ def test_distribution_of_anything(
     logits = torch.randn(VOCABULARY) * 2
     if step:  # many tokens share a value
         logits = (logits / step).round() * step
-    check(logits.to(device), small, most=6, **how)
+    check(logits.to(device), small, most=3, **how)
 
 
 def test_the_cut_of_a_large_vocabulary_is_exact(device: torch.device, card: Card) -> None:
     torch.manual_seed(0)
-    logits = torch.randn(33_000, device=device) * 3
+    logits = torch.randn(5000, device=device) * 3
     check(logits, card, top_k=50, top_p=0.9, temperature=0.7)
 
 
 def test_draws_of_a_generator_pass_a_chi_square_test(device: torch.device, small: Card) -> None:
     """At a significance of one in a million, with a fixed seed: it does not fail by chance."""
-    logits, count = logits_of("normal", device), 300
+    logits, count = torch.linspace(0, 2, 8, device=device), 120
     uniform = torch.rand(count, generator=torch.Generator().manual_seed(5)).to(device)
-    how = choosing(count, uniform, top_k=20)
+    how = choosing(count, uniform)
     tokens = sample(small, logits.expand(count, -1).contiguous(), how)
     wanted = reference(logits[None], how)[0] * count
-    seen = torch.bincount(tokens, minlength=VOCABULARY).double()
-    often = wanted >= 4
-    rest = torch.stack((seen[~often].sum(), wanted[~often].sum()))
-    statistic = ((seen - wanted)[often].square() / wanted[often]).sum()
-    if rest[1] > 0:
-        statistic += (rest[0] - rest[1]).square() / rest[1]
-    freedom = int(often.sum()) + int(rest[1] > 0) - 1
+    seen = torch.bincount(tokens, minlength=8).double()
+    statistic = ((seen - wanted).square() / wanted).sum()
+    freedom = 7
     # Wilson and Hilferty's approximation of the chi-square distribution's quantile.
     bound = freedom * (1 - 2 / (9 * freedom) + 4.75 * (2 / (9 * freedom)) ** 0.5) ** 3
     assert float(statistic) < bound
@@ -202,7 +206,8 @@ def test_what_is_not_finite_has_no_token(
 def test_no_number_leads_past_the_end(device: torch.device, small: Card) -> None:
     logits = logits_of("masked", device)[None]
     uniform = torch.tensor([1 - 2**-24], device=device)
-    for how in HOW.values():
+    for name in ("plain", "top k", "top p", "all"):
+        how = HOW[name]
         token = int(sample(small, logits, choosing(1, uniform, **how)))
         assert reference(logits, choosing(1, uniform, **how))[0, token] > 0
 
@@ -211,12 +216,12 @@ MUTATIONS = {
     "the slope": ("slope = _LOG2_E / temperature", "slope = 1.0 / temperature", {}),
     "the floor": ("tl.load(log_min_ps + row) * temp", "tl.load(log_min_ps + row) * 2 * temp",
                   {"min_p": 0.2}),
-    "how many": ("COUNTS else heavy) < wanted", "COUNTS else heavy) <= wanted", {"top_k": 5}),
+    "what is weighed": ("(many if COUNTS else heavy) < wanted", "many < wanted", {"top_p": 0.7}),
     "ties of k": ("ties = (k - number).to(tl.int32)", "ties = (k * 1).to(tl.int32)", {"top_k": 5}),
     "a share of what is left": ("wanted = p * total", "wanted = p * heavy",
                                 {"top_k": 5, "top_p": 0.7}),
     "ties of p": ("needed = tl.minimum(needed, bound)", "needed = bound", {"top_p": 0.7}),
-    "where ties began": ("tied += tl.sum", "tied = tl.sum", {"top_k": 20}),
+    "where ties began": ("tied += tl.sum", "tied = tl.sum", {"top_k": 47}),
     "the start": ("before += tl.sum(weight, axis=0)", "before = tl.sum(weight, axis=0)", {}),
 }  # fmt: skip
 
@@ -231,5 +236,5 @@ def test_a_kernel_that_is_wrong_is_found(
     text, other, how = MUTATIONS[name]
     wrong = mutated(module, text, other)
     with pytest.raises(AssertionError, match="not close"):
-        for kind in ("normal", "ties"):
-            check(logits_of(kind, device), small, wrong, **how)
+        for kind in ("normal", "ties", "late"):
+            check(logits_of(kind, device), small, wrong, most=16, **how)
