@@ -148,15 +148,28 @@ class CardGate:
         return gate(self.card, x, self.activation)
 
 
-def card_gate(card: Card, activation: str) -> CardGate:
-    """By the activation's name in a configuration."""
-    return CardGate(card, ACTIVATIONS[activation])
+@dataclass(frozen=True, slots=True)
+class CardChoice:
+    """Gives a decoder's parts to a GPU's kernels, where there is one for them."""
 
+    card: Card
 
-def card_norm(card: Card, norm: Norm) -> Norm:
-    """The norm by the GPU's kernel, where there is one for it."""
-    fits = isinstance(norm, RMSNorm) and norm.weight.numel() <= _LARGEST_ROW
-    return CardNorm(card, norm) if isinstance(norm, RMSNorm) and fits else norm
+    def settle(self, projection: Projection) -> Projection:
+        """As `card_product`."""
+        return card_product(self.card, projection)
+
+    def norm(self, norm: Norm) -> Norm:
+        """RMSNorm in one pass; any other as it is."""
+        if isinstance(norm, RMSNorm) and norm.weight.numel() <= _LARGEST_ROW:
+            return CardNorm(self.card, norm)
+        return norm
+
+    def gate(self, activation: str) -> CardGate:
+        """By the activation's name in a configuration."""
+        return CardGate(self.card, ACTIVATIONS[activation])
+
+    def keep(self) -> None:
+        """Nothing was measured."""
 
 
 def card_product(card: Card, projection: Projection) -> Projection:

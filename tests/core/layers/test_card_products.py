@@ -133,12 +133,12 @@ def test_integers_are_as_torch_has_them_to_the_last_bit(card: Card) -> None:
 
 
 def test_what_has_no_kernel_stays_torchs(card: Card) -> None:
-    from infopt.core.layers.card_products import card_norm, card_product
+    from infopt.core.layers.card_products import CardChoice, card_product
 
     for layer in (Linear(torch.ones(4, 8)), integers(3, 64, F32), integers(4, 16, F32)):
         assert card_product(card, layer) is layer
     norm = LayerNorm(torch.ones(4), torch.ones(4), 1e-5)
-    assert card_norm(card, norm) is norm
+    assert CardChoice(card).norm(norm) is norm
 
 
 def test_older_cards_multiply_rounded_inputs_in_16_bits() -> None:
@@ -171,14 +171,15 @@ def test_rows_of_fixed_layers_do_not_depend_on_one_another(card: Card) -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_norms_and_gates(dtype: torch.dtype, card: Card) -> None:
-    from infopt.core.layers.card_products import card_gate, card_norm
+    from infopt.core.layers.card_products import CardChoice
 
     torch.manual_seed(0)
     norm = RMSNorm(torch.rand(96).to(dtype), 1e-5)
     x = torch.randn(2, 3, 96).to(dtype)
     tolerance = TOLERANCE[dtype]
-    torch.testing.assert_close(card_norm(card, norm)(x), norm(x), atol=tolerance, rtol=tolerance)
+    choice = CardChoice(card)
+    torch.testing.assert_close(choice.norm(norm)(x), norm(x), atol=tolerance, rtol=tolerance)
     gate, up = x[0].chunk(2, dim=-1)
     wanted = torch.nn.functional.silu(gate.double()) * up.double()
-    found = card_gate(card, "silu")(x[0])
+    found = choice.gate("silu")(x[0])
     torch.testing.assert_close(found.double(), wanted, atol=tolerance, rtol=tolerance)
