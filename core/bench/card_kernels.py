@@ -5,16 +5,20 @@ pass over all copies is one CUDA graph, timed by the timer that all measurements
 torch's alternatives alternate, pass by pass.
 """
 
+import importlib.util
 import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from infopt.core.errors import UnsupportedError, UsageError
+from infopt.core.hardware.card import card_of, compiler_versions
+from infopt.core.profiling.calibrate import measure_ceilings
 from infopt.core.profiling.captured import captured
 from infopt.core.profiling.timer import timed
 from infopt.core.progress import Progress, ProgressCallback
-from infopt.core.reports.kernels import KernelRow, RowOpRow
+from infopt.core.reports.kernels import KernelRow, KernelsReport, RowOpRow
 from infopt.kernels.gpu.tile import Card
 
 if TYPE_CHECKING:
@@ -28,6 +32,7 @@ BATCHES = (1, 32, 2048)
 _MOST_LOGITS = 256
 _PASSES = 9
 _MOST_COPIES = 64
+_SIDE = 8192
 Timer = Callable[[Callable[[], object]], float]
 
 
@@ -141,3 +146,67 @@ def _raced(
     ours = medians.pop("ours")
     best = min(medians, key=lambda name: medians[name])
     return ours, medians[best], best
+
+
+def bench_card_kernels(
+    *,
+    rows: Sequence[int] | None = None,
+    shapes: Sequence[tuple[int, int]] | None = None,
+    formats: Sequence[str] | None = None,
+    progress: ProgressCallback,
+) -> KernelsReport:
+    """Time what the GPU's kernels do over `shapes` [outputs, inputs] and `rows`.
+
+    With `formats`, those products alone. Raises UnsupportedError without an NVIDIA GPU or Triton,
+    UsageError for a format that is not known.
+    """
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        raise UnsupportedError(
+            "there is no NVIDIA GPU here, or no Triton", "pip install 'infopt[triton]' beside a GPU"
+        )
+    from infopt.core.bench.card_forms import PRODUCTS, ROW_OPS
+
+    known = {form.name: form for form in PRODUCTS}
+    for name in formats or ():
+        if name not in known:
+            raise UsageError(f"no format {name!r}", f"on a GPU: {', '.join(known)}")
+    chosen = [known[name] for name in formats or known]
+    device = torch.device("cuda", torch.cuda.current_device())
+    card, cache_bytes = card_of(device), torch.cuda.get_device_properties(device).L2_cache_size
+    with torch.inference_mode():
+        ceilings = measure_ceilings(
+            device, torch.bfloat16, cache_bytes=cache_bytes, progress=progress
+        )
+        read = ceilings.reader.best
+        flops = {"bfloat16": ceilings.product.best, "int8": _int8_flops(device)}
+        products = product_rows(
+            card, device, chosen, rows or ROWS, shapes or SHAPES, cache_bytes=cache_bytes,
+            read=read, flops=flops, progress=progress,
+        )  # fmt: skip
+        ops: list[RowOpRow] = []
+        if not formats:
+            ops = op_rows(
+                card, device, ROW_OPS, BATCHES, cache_bytes=cache_bytes, read=read,
+                progress=progress,
+            )  # fmt: skip
+    return KernelsReport(
+        isa=f"{compiler_versions()} on {card.name}, sm_{card.capability}",
+        threads=torch.get_num_threads(),
+        read_bytes_per_s=read,
+        product_flops_per_s=flops,
+        rows=tuple(products),
+        ops=tuple(ops),
+        provenance={
+            "rows": "measured",
+            "ops": "measured",
+            "read_bytes_per_s": "measured",
+            "product_flops_per_s": "measured",
+        },
+    )
+
+
+def _int8_flops(device: torch.device) -> float:
+    """Of torch's best product of int8, a large square."""
+    x = torch.ones(_SIDE, _SIDE, dtype=torch.int8, device=device)
+    work = captured([lambda: torch._int_mm(x, x.t())] * _PASSES, device)
+    return _PASSES * 2.0 * _SIDE**3 / min(timed(work) for _ in range(_PASSES))

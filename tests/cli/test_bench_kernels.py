@@ -31,3 +31,9 @@ def test_json_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_cannot_be_measured(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_app(["bench", "kernels", *words.split()]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="there is a GPU")
+def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(["bench", "kernels", "--device", "cuda"]) == 1
+    assert "no NVIDIA GPU" in capsys.readouterr().err

@@ -98,3 +98,28 @@ def test_gates_and_samples() -> None:
     assert [row.op for row in found] == ["SwiGLU"] and found[0].right
     made = ROW_OPS[2].make(Card.with_shipped(**H100), 1, 700, CPU)
     assert 0 <= int(made.ours()) < 700 and made.torchs["sort"]().shape == (1, 1)  # type: ignore[call-overload,attr-defined]
+
+
+def test_the_page_and_the_screen_tell_of_every_op() -> None:
+    from rich.console import Console
+
+    from infopt.cli.compared import kernels_table
+    from infopt.core.bench.kernels import kernels_right
+    from infopt.core.errors import NumericsError
+    from infopt.core.reports.html import to_html
+    from infopt.core.reports.kernels import KernelsReport, RowOpRow
+
+    op = RowOpRow(
+        op="SwiGLU", rows=2, columns=8, seconds=1.0, torch_seconds=2.0, torch_kernel="F.silu",
+        ratio=2.0, bytes=3, bytes_per_s=3.0, of_bandwidth=0.5, error=0.5, tolerance=0.1,
+        right=False,
+    )  # fmt: skip
+    report = KernelsReport(
+        isa="Triton", threads=1, read_bytes_per_s=1.0, product_flops_per_s={}, rows=(), ops=(op,),
+        provenance={key: "measured" for key in ("rows", "ops", "read_bytes_per_s")},
+    )  # fmt: skip
+    console = Console(record=True, width=160)
+    console.print(kernels_table(report))
+    assert "SwiGLU" in to_html(report) and "WRONG" in console.export_text()
+    with pytest.raises(NumericsError, match="SwiGLU 2x8"):
+        kernels_right(report)
