@@ -1,6 +1,6 @@
 """`infopt bench kernels`."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -8,9 +8,15 @@ from infopt.cli import options as opt
 
 
 def kernels(
+    device: Annotated[
+        Literal["cpu", "cuda"],
+        typer.Option("--device", help="Whose kernels: this CPU's or an NVIDIA GPU's."),
+    ] = "cpu",
     rows: Annotated[
         str | None,
-        typer.Option("--rows", metavar="LIST", help="Of inputs.", show_default="1,8,64,512"),
+        typer.Option(
+            "--rows", metavar="LIST", help="Of inputs.", show_default="as the device needs"
+        ),
     ] = None,
     shapes: Annotated[
         str | None,
@@ -18,7 +24,7 @@ def kernels(
             "--shapes",
             metavar="LIST",
             help="Of weights, outputs x inputs.",
-            show_default="2048x2048,8192x2048,2048x8192",
+            show_default="as the device needs",
         ),
     ] = None,
     formats: Annotated[
@@ -38,13 +44,15 @@ def kernels(
     quiet: opt.Quiet = False,
     yes: opt.Yes = False,
 ) -> None:
-    """Time the native kernels of this CPU beside torch's: time, bytes, share of the limits.
+    """Time the kernels of this CPU, or of a GPU, beside torch's: time, bytes, share of the limits.
 
     INFOPT_ISA names the set of instructions.
 
     Exit codes: 0 done, 1 a product differs from its reference, 2 wrong usage.
 
     Example: infopt bench kernels --rows 1,64 --json -
+
+    Example: infopt bench kernels --device cuda --output kernels
     """
     import sys
     import time
@@ -52,6 +60,7 @@ def kernels(
 
     from infopt.cli.screen import Screen
     from infopt.cli.verb import check_json_target, check_report_folder, keep, show
+    from infopt.core.bench.card_kernels import bench_card_kernels
     from infopt.core.bench.kernels import ROWS, SHAPES, bench_kernels, kernels_right
     from infopt.core.reports.environment import making
 
@@ -68,10 +77,18 @@ def kernels(
     }
     with Screen(quiet=quiet, json_on_stdout=json == "-") as screen:
         began, started = datetime.now(UTC), time.perf_counter()
-        report = bench_kernels(**settings, progress=screen.progress)
+        if device == "cuda":
+            report = bench_card_kernels(
+                rows=settings["rows"] if rows else None,
+                shapes=settings["shapes"] if shapes else None,
+                formats=settings["formats"],
+                progress=screen.progress,
+            )
+        else:
+            report = bench_kernels(**settings, progress=screen.progress)
         seconds = time.perf_counter() - started
         made = making(
-            argv=tuple(sys.argv), settings=settings, created=began, seconds=seconds, device="cpu"
+            argv=tuple(sys.argv), settings=settings, created=began, seconds=seconds, device=device
         )
         report = report.model_copy(update={"made": made})
         keep(report, output)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from infopt.core.reports.check import CheckedLimit, CheckReport
 from infopt.core.reports.compare import CompareReport
 from infopt.core.reports.compare_sections import change, figure_name, figure_value
-from infopt.core.reports.kernel_sections import HEADINGS, cells
+from infopt.core.reports.kernel_sections import HEADINGS, OP_HEADINGS, cells, op_cells
 from infopt.core.reports.kernels import KernelsReport
 
 if TYPE_CHECKING:
@@ -78,4 +78,13 @@ def kernels_table(report: KernelsReport) -> "RenderableType":
         table.add_column(heading, justify="right" if number else "left", no_wrap=True)
     for row in report.rows:
         table.add_row(*cells(row), style="" if row.right else "red")
-    return table
+    if not report.ops:
+        return table
+    from rich.console import Group
+
+    ops = Table(title="row by row", title_justify="left", box=None, pad_edge=False)
+    for number, heading in enumerate(OP_HEADINGS):
+        ops.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    for op in report.ops:
+        ops.add_row(*op_cells(op), style="" if op.right else "red")
+    return Group(table, ops)

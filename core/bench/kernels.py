@@ -88,10 +88,11 @@ def bench_kernels(
 
 
 def kernels_right(report: KernelsReport) -> None:
-    """Raises NumericsError where a product was wrong."""
+    """Raises NumericsError where a product, or an op of a GPU, was wrong."""
     wrong = [f"{row.format} {row.m}x{row.n}x{row.k}" for row in report.rows if not row.right]
+    wrong += [f"{op.op} {op.rows}x{op.columns}" for op in report.ops if not op.right]
     if wrong:
-        raise NumericsError(f"native products differ from their reference: {', '.join(wrong)}")
+        raise NumericsError(f"kernels differ from their reference: {', '.join(wrong)}")
 
 
 def _chosen(formats: Sequence[str] | None) -> tuple[Form, ...]:

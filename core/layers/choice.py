@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from infopt.core.layers.fuse import SideBySide
 from infopt.core.layers.int8 import Int8Linear
 from infopt.core.layers.linear import Linear, Projection
 from infopt.core.layers.native import NativeGroups, NativeInt8, NativeLinear
+from infopt.core.layers.norm import Norm
 from infopt.core.layers.quantized import QuantizedLinear, in_tiles
 from infopt.core.layers.rounded import RoundedLinear
 from infopt.kernels.cpu.arena import Arena
@@ -33,6 +34,26 @@ _WORTH = 2.0
 native is replayed in one call, which no product that is called from Python shows."""
 _Native = TypeVar("_Native", NativeLinear, NativeGroups, NativeInt8)
 _DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Choice(Protocol):
+    """Whose kernels do what of a decoder: a CPU's native ones or a GPU's."""
+
+    def settle(self, projection: Projection) -> Projection:
+        """The projection in its last form."""
+        ...
+
+    def norm(self, norm: Norm) -> Norm:
+        """The norm in its last form."""
+        ...
+
+    def gate(self, activation: str) -> Callable[[Tensor], Tensor] | None:
+        """activation(gate) * up of [T, 2 * inner] in one pass; None where torch does it."""
+        ...
+
+    def keep(self) -> None:
+        """Store what was found out, for the next load."""
+        ...
 
 
 @dataclass(slots=True)
@@ -66,6 +87,13 @@ class NativeChoice:
             case SideBySide():
                 return replace(projection, parts=tuple(map(self.settle, projection.parts)))
         return projection
+
+    def norm(self, norm: Norm) -> Norm:
+        """As it is: steps that are recorded have native ones."""
+        return norm
+
+    def gate(self, activation: str) -> None:
+        """The same."""
 
     def _dense(self, linear: Linear) -> Projection:
         native = NativeLinear(self.native, pack_dense(linear.weight), _bias(linear.bias))

@@ -18,7 +18,7 @@ from infopt.core.formats.activation import ActivationFormat
 from infopt.core.formats.number import IntegerFormat, QuantizedWeight
 from infopt.core.formats.scheme import LayerScheme, StoredWeight
 from infopt.core.layers.attention import Attention
-from infopt.core.layers.choice import NativeChoice
+from infopt.core.layers.choice import Choice
 from infopt.core.layers.embedding import Embedding, Table
 from infopt.core.layers.fuse import side_by_side
 from infopt.core.layers.int8 import Int8Linear
@@ -57,7 +57,7 @@ def load_decoder(
     device: torch.device,
     *,
     deterministic: bool = False,
-    native: NativeChoice | None = None,
+    native: Choice | None = None,
     card: Card | None = None,
 ) -> Decoder:
     """Read the weights, one layer at a time, into `dtype` on `device`.
@@ -135,7 +135,7 @@ class _Loader:
         dtype: torch.dtype,
         device: torch.device,
         fixed: bool,
-        native: NativeChoice | None,
+        native: Choice | None,
         card: Card | None,
     ) -> None:
         self.fixed = fixed
@@ -258,10 +258,13 @@ class _Loader:
             return self.experts(name, config.experts)
         wide = self.joined([f"{name}.{part}" for part in names.wide], "mlp")
         down = self.settled(self.linear(f"{name}.{names.down}", "mlp"))
-        activation = self.activation()
         if config.gated:
-            return GatedMLP(wide, down, Gate(activation))
-        return PlainMLP(wide, down, activation)
+            return GatedMLP(wide, down, self.gate())
+        return PlainMLP(wide, down, self.activation())
+
+    def gate(self) -> Activate:
+        found = None if self.native is None else self.native.gate(self.config.activation)
+        return found or Gate(self.activation())
 
     def activation(self) -> Activate:
         activation = activate(self.config.activation)
@@ -290,7 +293,7 @@ class _Loader:
 
     def apart(self, owner: str, experts: Experts) -> tuple[GatedMLP, ...]:
         gate, up, down = self.names.expert
-        gating = Gate(self.activation())
+        gating = self.gate()
         return tuple(
             GatedMLP(
                 self.joined([f"{owner}.{e}.{part}" for part in (gate, up)]),
@@ -305,7 +308,8 @@ class _Loader:
         if config.norm == "layer":
             weight, bias = (self.tensor(f"{name}.{part}", shape) for part in ("weight", "bias"))
             return LayerNorm(weight, bias, config.norm_eps)
-        return RMSNorm(self.norm_weight(f"{name}.weight", shape), config.norm_eps)
+        norm = RMSNorm(self.norm_weight(f"{name}.weight", shape), config.norm_eps)
+        return norm if self.native is None else self.native.norm(norm)
 
     def head_norm(self, name: str) -> HeadNorm:
         config, names = self.config, self.names

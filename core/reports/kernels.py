@@ -34,6 +34,24 @@ class KernelRow(Record):
     right: bool
 
 
+class RowOpRow(Record):
+    """Something done to each of `rows` rows of `columns` numbers, on a GPU."""
+
+    op: str
+    rows: int
+    columns: int
+    seconds: float
+    torch_seconds: float
+    torch_kernel: str
+    ratio: float
+    bytes: int
+    bytes_per_s: float
+    of_bandwidth: float
+    error: float
+    tolerance: float
+    right: bool
+
+
 class KernelsReport(Report):
     command: str = "kernels"
     isa: str
@@ -44,3 +62,5 @@ class KernelsReport(Report):
     product_flops_per_s: dict[str, float]
     """Of torch's best matrix product, by the dtype that is multiplied in."""
     rows: tuple[KernelRow, ...]
+    ops: tuple[RowOpRow, ...] = ()
+    """On a GPU."""

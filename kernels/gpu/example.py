@@ -26,3 +26,5 @@ class Example:
     """That the tuner tries."""
     wants: tuple[str, ...] = ()
     """Instructions that the main kernel must have on a Hopper."""
+    since: int = 80
+    """The compute capability from which GPUs can do it."""

@@ -79,7 +79,8 @@ def rules_from(text: str) -> Rules:
 def shipped(capability: int, shared_bytes: int) -> Rules:
     """The tiles that infopt ships for a card: chosen by what they compile to, not timed."""
     large = capability >= 90 and shared_bytes >= HOPPER_SHARED
-    return rules_from((_FOLDER / ("sm_90.json" if large else "sm_80.json")).read_text())
+    files = sorted(_FOLDER.glob("sm_90*.json" if large else "sm_80*.json"))
+    return {name: rules for file in files for name, rules in rules_from(file.read_text()).items()}
 
 
 @dataclass(frozen=True, slots=True)

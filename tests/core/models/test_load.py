@@ -14,6 +14,7 @@ from infopt.core.artifact.read import Artifact, read_artifact
 from infopt.core.errors import ArtifactError, UnsupportedError
 from infopt.core.formats.gptq import to_gptq
 from infopt.core.formats.number import IntegerFormat, QuantizedWeight
+from infopt.core.layers.choice import Choice
 from infopt.core.layers.fuse import SideBySide
 from infopt.core.layers.int8 import Int8Linear
 from infopt.core.layers.linear import Linear
@@ -26,6 +27,7 @@ from infopt.kernels.attention.cache import new_cache
 from infopt.kernels.attention.paged import plan_attention
 from infopt.kernels.gemm.int4 import Int4Tiles
 from infopt.kernels.gemm.rows import dequantized
+from infopt.kernels.gpu.tile import H100, Card
 
 CPU = torch.device("cpu")
 Tiny = Callable[[str], tuple[Artifact, Any]]
@@ -211,9 +213,11 @@ def quantized(source: Artifact, folder: Path, case: Case) -> Artifact:
 
 
 @torch.inference_mode()
-def runtime_logits(artifact: Artifact, prompts: Sequence[Tensor]) -> list[Tensor]:
+def runtime_logits(
+    artifact: Artifact, prompts: Sequence[Tensor], choice: Choice | None = None
+) -> list[Tensor]:
     """All prompts in one step of the runtime's decoder."""
-    decoder = load_decoder(artifact, torch.float32, CPU)
+    decoder = load_decoder(artifact, torch.float32, CPU, native=choice)
     config, size = decoder.config, 16
     caches = [
         new_cache(9, size, config.kv_heads, config.head_dim, torch.float32, CPU)
@@ -270,6 +274,28 @@ def test_an_answer_does_not_depend_on_what_runs_with_it(
         (alone,) = runtime_logits(artifact, [prompt])
         assert distance(together, alone) < 1e-3
         assert torch.equal(together.argmax(1), alone.argmax(1))
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", [*CASES, "dense"])
+def test_a_gpus_kernels_compute_the_same(
+    name: str, tiny: Tiny, tmp_path: Path, prompts: list[Tensor]
+) -> None:
+    """Under Triton's interpreter, over tensors of this CPU."""
+    pytest.importorskip("triton")
+    from infopt.core.layers.card_products import CardChoice
+
+    artifact = tiny("llama")[0]
+    if name != "dense":
+        artifact = quantized(artifact, tmp_path, CASES[name])
+    prompts, choice = prompts[::2], CardChoice(Card.with_shipped(**H100))
+    layers = load_decoder(artifact, torch.float32, CPU, native=choice).layers
+    assert type(layers[0].mlp_norm).__name__ == "CardNorm"
+    wanted = runtime_logits(artifact, prompts)
+    for ours, torchs in zip(runtime_logits(artifact, prompts, choice), wanted, strict=True):
+        # A sum whose last bit differs may fall on the other side of a rounding step, rarely.
+        assert distance(ours, torchs) < 5e-3
+        assert (ours - torchs).abs().amax(1).median() < 2e-5 * torchs.abs().max()
 
 
 def test_int8_takes_a_quarter_of_the_memory(tiny: Tiny, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ A test that asks for `device` is both `interpreted` and, with its second paramet
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -63,3 +63,14 @@ def mutated(tmp_path: Path) -> Callable[[ModuleType, str, str], ModuleType]:
         return found
 
     return mutate
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """What a launcher allocates is full of NaN, or of the largest integers, until written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
