@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,17 +43,23 @@ Record = Callable[[Callable[[], Tensor]], tuple[Recorded, Tensor]]
 """Does work once and returns how to do it again, and where its result will lie."""
 
 
-def cuda_graph(work: Callable[[], Tensor]) -> tuple[Recorded, Tensor]:
-    """Warmed up first, which compiles what is not compiled, then captured."""
-    stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
-    return graph.replay, result
+class CudaGraphs:
+    """Records as CUDA graphs that share their memory: one replays at a time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Recorded, Tensor]:
+        """Warmed up first, which compiles what is not compiled, then captured."""
+        stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = work()
+        return graph.replay, result
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +105,9 @@ class CardStep:
             size = _Rows.size(rows, width)
             self._host = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
             self._there = torch.zeros(size, dtype=torch.int32, device=device)
-        self._on_host, found = _Rows.over(self._host, rows), _Rows.over(self._there, rows)
-        self._on_host.numbers[2] = -1
+        on_host, found = _Rows.over(self._host, rows), _Rows.over(self._there, rows)
+        self._written = on_host.contexts.numpy(), on_host.tables.numpy()
+        on_host.numbers[2] = -1
         self._there.copy_(self._host)
         plan = _StaticPlan(decoder.card, found, width * caches[0].shape[1], device)
 
@@ -121,13 +129,12 @@ class CardStep:
         return logits if wanted is None else logits.index_select(0, wanted)
 
     def _fill(self, inputs: StepInputs, count: int) -> None:
-        host = self._on_host
         if self._copied is not None:
             self._copied.synchronize()  # of the step before: long done where its tokens are known
-        host.contexts.zero_()
-        host.contexts[:count] = torch.tensor(inputs.plan.contexts, dtype=torch.int32)
+        contexts, tables = self._written
+        contexts[:count], contexts[count:] = inputs.plan.contexts, 0
         for row, table in enumerate(inputs.plan.tables):
-            host.tables[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
+            tables[row, : len(table)] = np.asarray(table, dtype=np.int32)
         self._there.copy_(self._host, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
@@ -182,14 +189,16 @@ class CardSteps:
         *,
         rows: int,
         context: int,
-        record: Record = cuda_graph,
+        record: Record | None = None,
     ) -> None:
-        """For up to `rows` requests of up to `context` tokens.
+        """For up to `rows` requests of up to `context` tokens; as CUDA graphs, unless `record` says
+        how else.
 
         Raises RuntimeError for a decoder with a part that cannot be captured.
         """
         # A multiple of 16, as in plans that are made for a step, so that kernels are the same.
         self._width = cdiv(cdiv(context, caches[0].shape[1]), 16) * 16
+        record = record or CudaGraphs()
         # Largest first: the smaller ones find their memory free.
         made = [
             CardStep(decoder, caches, size, self._width, record) for size in reversed(buckets(rows))

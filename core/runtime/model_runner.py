@@ -47,7 +47,7 @@ class ModelRunner:
         """One that replays steps: on a CPU where its native kernels are to be used and can compute
         them, on a GPU decode steps that have `room`; raises as `find_native`."""
         if decoder.device.type == "cuda":
-            replays = captured(decoder, cache.layers, room)
+            replays = captured(decoder, cache.layers, None if kernels == "torch" else room)
         else:
             replays = recorded(find_native(kernels), decoder, cache.layers)
         return cls(decoder, cache, store, replays)

@@ -12,8 +12,8 @@ from infopt.kernels.gpu.tile import Card, Tile, cdiv, power_of_two
 def splits_for(card: Card, *, programs: int, context: int, block_n: int) -> int:
     """Programs that share the keys of a tile: enough to fill the card, a power of two.
 
-    At most a quarter of its processors' number, and a tile of keys for each: more would take longer
-    to put together than they save (sglang#21775).
+    No more than the power of two above a quarter of its processors, and a tile of keys for each:
+    more would take longer to put together than they save (sglang#21775).
     """
     most = min(power_of_two(card.processors // 4), cdiv(context, block_n))
     wanted = max(1, 2 * card.processors // max(programs, 1))

@@ -48,6 +48,7 @@ def answers(engine: Engine, prompts: Sequence[list[int]]) -> dict[str, list[int]
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.interpreted
 @pytest.mark.parametrize(
     "settings",

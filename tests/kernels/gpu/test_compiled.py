@@ -26,6 +26,7 @@ def compiled(capability: int) -> dict[str, list[Compiled]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", CARDS)
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
 def test_a_kernel_fits_and_does_not_spill(example, capability: int) -> None:  # type: ignore[no-untyped-def]
