@@ -10,7 +10,7 @@ NATIVE := setup.py $(wildcard kernels/cpu/src/*.* kernels/cpu/src/ops/*.*)
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-fast lint bench clean
+.PHONY: setup demo test test-fast test-gpu lint bench clean
 
 setup: $(READY)
 
@@ -34,6 +34,13 @@ test: setup
 
 test-fast: setup
 	$(PYTEST) -m "not slow"
+
+# On a machine with an NVIDIA GPU, with the Python that is there and what it has: torch, Triton and
+# transformers do; what else a test needs and is missing is skipped with the reason.
+GPU_PYTHON ?= python3
+
+test-gpu:
+	PYTHONPATH=$(CURDIR)/.src $(GPU_PYTHON) -m pytest -m gpu -rs --tb=short
 
 lint: setup
 	$(BIN)/ruff check .

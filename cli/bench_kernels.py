@@ -35,6 +35,10 @@ def kernels(
         int | None,
         typer.Option("--threads", help="Of native kernels and torch's.", show_default="torch's"),
     ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="Time the tiles of the GPU's kernels, and keep the fastest."),
+    ] = False,
     output: opt.ReportOutput = None,
     json: opt.Json = None,
     quiet: opt.Quiet = False,
@@ -60,6 +64,9 @@ def kernels(
     from infopt.core.bench.kernels import ROWS, SHAPES, bench_kernels, kernels_right
     from infopt.core.reports.environment import making
 
+    if tune:
+        _tune(quiet)
+        return
     check_json_target(json)
     check_report_folder(output, replace=yes)
     settings: dict[str, Any] = {
@@ -87,6 +94,16 @@ def kernels(
         keep(report, output)
         show(screen, report, json)
     kernels_right(report)
+
+
+def _tune(quiet: bool) -> None:
+    from infopt.cli.screen import Screen
+    from infopt.core.bench.tune_tiles import tune_tiles
+    from infopt.core.hardware.card import store_tiles
+
+    with Screen(quiet=quiet) as screen:
+        found = tune_tiles(screen.progress)
+        screen.note(f"the tiles of {found.device} lie in {store_tiles(found)}")
 
 
 def _count(word: str) -> int:

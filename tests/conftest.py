@@ -1,5 +1,6 @@
 """What every room's tests share."""
 
+import importlib.util
 import json
 import os
 import runpy
@@ -28,6 +29,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files of slow tests alone come first: among several workers nobody waits for them then."""
     quick = {item.path for item in items if item.get_closest_marker("slow") is None}
     items.sort(key=lambda item: item.path in quick)
+
+
+# What a GPU is lent with may have torch, Triton and transformers and little else: there, `-m gpu`
+# leaves out what needs more, and says so.
+_NEEDED = ("pydantic", "platformdirs", "gguf")
+
+
+def _left_out(config: pytest.Config) -> str | None:
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if config.option.markexpr != "gpu" or not missing:
+        return None
+    return f"tests but those of kernels are left out: {', '.join(missing)} not installed"
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    return _left_out(config)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if (said := _left_out(config)) is not None:
+        terminalreporter.write_line(f"SKIPPED {said}")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    tests = Path(__file__).parent
+    inside = collection_path.relative_to(tests).parts[:1] if collection_path != tests else ()
+    alone = inside in (("cli",), ("core",), ("recipes",)) or inside == ("test_architecture.py",)
+    return True if alone and _left_out(config) is not None else None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

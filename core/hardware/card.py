@@ -4,6 +4,7 @@ Tiles are measured only where that is asked for (`infopt bench kernels --tune`):
 starting read what lies there, and the tiles that infopt ships do for the rest.
 """
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from infopt.core.errors import UnsupportedError
 from infopt.core.files import write_atomically
 from infopt.core.hardware.calibration import calibration_file
+from infopt.core.hardware.native import wanted_kernels
 from infopt.kernels.gpu.tile import Card, Rules, rules_from
 
 if TYPE_CHECKING:
     import torch
+
+OLDEST = 80
+"""Of capabilities that kernels are compiled for."""
 
 
 class MeasuredTiles(BaseModel):
@@ -75,13 +81,22 @@ def compiler_versions() -> str:
 
 def card_of(device: "torch.device", *, cache: Path | None = None) -> Card:
     """A GPU that torch sees, with the tiles that were measured on it before those that ship."""
-    import torch
-
-    properties: Any = torch.cuda.get_device_properties(device)
-    card = Card.with_shipped(
-        properties.name,
-        capability=10 * properties.major + properties.minor,
-        processors=properties.multi_processor_count,
-        shared_bytes=properties.shared_memory_per_block_optin,
-    )
+    card = Card.at_hand(device)
     return card.preferring(load_tiles(card.name, compiler_versions(), cache=cache).rules())
+
+
+def find_card(word: str, device: "torch.device") -> Card | None:
+    """The GPU whose kernels are used for 'auto', 'native' or 'torch'; None where torch's are.
+
+    Raises UnsupportedError where 'native' is demanded of a GPU and Triton is missing, or the GPU is
+    older than Ampere.
+    """
+    if device.type != "cuda" or wanted_kernels(word) == "torch":
+        return None
+    missing = importlib.util.find_spec("triton") is None
+    if not missing and (card := card_of(device)).capability >= OLDEST:
+        return card
+    if wanted_kernels(word) == "native":
+        why = "Triton is not installed" if missing else f"{card.name} is older than Ampere"
+        raise UnsupportedError(f"no kernels for this GPU: {why}", "use --kernels torch")
+    return None

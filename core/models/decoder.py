@@ -15,6 +15,7 @@ from infopt.core.layers.rotary import Rotary
 from infopt.core.models.config import ModelConfig
 from infopt.core.models.mlp import FeedForward
 from infopt.kernels.attention.paged import AttentionPlan
+from infopt.kernels.gpu.tile import Card
 
 
 class Tokens(Protocol):
@@ -133,6 +134,8 @@ class Decoder:
     project_out: Projection | None = None
     add: Add = Tensor.add_
     cap: Callable[[Tensor, float], Tensor] = capped
+    card: Card | None = None
+    """The GPU whose kernels do attention; torch does it where there is none."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -173,13 +176,23 @@ class Decoder:
             x = layer(x, attention, cache)
         return x
 
-    def attention_inputs(self, inputs: StepInputs) -> AttentionInputs:
+    def attention_inputs(self, inputs: StepInputs) -> Attending:
         """What is the same for every layer of a step."""
-        rotaries = tuple(
-            Rotary.at(inputs.positions, table.frequencies, self.dtype, table.magnitude)
+        rotaries = self.angles(inputs.positions)
+        if self.card is None:
+            return AttentionInputs(rotaries, inputs.slots, inputs.plan)
+        # Here, so that a CPU need not have Triton.
+        from infopt.core.layers.card_attention import CardInputs, StepPlan
+
+        plan = StepPlan(self.card, inputs.plan, self.device)
+        return CardInputs(self.card, rotaries, inputs.slots, plan)
+
+    def angles(self, positions: Tensor) -> tuple[Rotary, ...]:
+        """Of each kind of layer, for positions [T]."""
+        return tuple(
+            Rotary.at(positions, table.frequencies, self.dtype, table.magnitude)
             for table in self.rotaries
         )
-        return AttentionInputs(rotaries, inputs.slots, inputs.plan)
 
     def embed(self, inputs: Tokens) -> Tensor:
         """What enters the first layer, [T, hidden]."""

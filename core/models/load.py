@@ -42,9 +42,10 @@ from infopt.core.models.mlp import (
     by_row,
 )
 from infopt.core.models.rope import Rope
-from infopt.core.models.shapes import linear_shapes
+from infopt.core.models.shapes import linear_shapes, takes_heads
 from infopt.kernels.attention.eight_bits import FP8, INT8, KvScales
 from infopt.kernels.gemm.scratch import Scratch
+from infopt.kernels.gpu.tile import Card
 
 # What stacked experts are called, whatever they are called apart.
 _STACKED = ("gate_up_proj", "down_proj")
@@ -57,19 +58,20 @@ def load_decoder(
     *,
     deterministic: bool = False,
     native: Choice | None = None,
+    card: Card | None = None,
 ) -> Decoder:
     """Read the weights, one layer at a time, into `dtype` on `device`.
 
     `deterministic`: what is computed of a token does not depend, by a single bit, on the other
     tokens of its step, nor on how its sequence was cut into steps. `native`: which projections
-    become native ones; none by default.
+    become native ones; none by default. `card`: the GPU whose kernels do attention, where they can.
 
     Layers that are stored quantized stay so in memory; inputs that the artifact says are quantized
     are rounded as it says, by a layer's own scale.
     Raises UnsupportedError for a model or rounding that the decoder does not know, ArtifactError
     for a tensor that is missing or of another shape than the config says.
     """
-    loader = _Loader(artifact, dtype, device, deterministic, native)
+    loader = _Loader(artifact, dtype, device, deterministic, native, card)
     decoder = loader.decoder()
     if native is not None:
         native.keep()
@@ -129,11 +131,13 @@ class _Loader:
         device: torch.device,
         fixed: bool,
         native: Choice | None,
+        card: Card | None,
     ) -> None:
         self.fixed = fixed
         self.native = native
         self.artifact = artifact
         self.config = ModelConfig.from_hf(artifact.config)
+        self.card = card if card is not None and takes_heads(self.config) else None
         self.names = self.config.names
         self.dtype = dtype
         self.device = device
@@ -163,6 +167,7 @@ class _Loader:
             positions=self.positions() if config.rope is None else None,
             project_in=self.settled(self.linear(names.project_in)) if projected else None,
             project_out=self.settled(self.linear(names.project_out)) if projected else None,
+            card=self.card,
         )
 
     def settled(self, projection: Projection) -> Projection:

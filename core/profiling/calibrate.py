@@ -93,8 +93,8 @@ def _bandwidth(
     for number in range(_ROUNDS):
         for name, (moved, work) in kernels.items():
             progress(Progress("measure bandwidth", number, _ROUNDS, name))
-            complete, calls = _complete(work, device)
-            times = repeat_for(complete, seconds=each)
+            whole, calls = complete(work, device)
+            times = repeat_for(whole, seconds=each)
             rates[name] += [calls * moved / run for run in times.runs]
     return tuple(_rate(name, found) for name, found in rates.items())
 
@@ -138,7 +138,7 @@ def _compute(
         x, weight = (
             torch.randn(rows, k, device=device, generator=drawn).to(dtype) for rows in (m, n)
         )
-        work, calls = _complete(_product(x, weight), device)
+        work, calls = complete(_product(x, weight), device)
         quick = expected < each / 10
         times = repeat_for(work, seconds=each, warmup=3 if quick else 1, least=3 if quick else 2)
         rates.append(_rate(f"gemm {m}x{n}x{k}", [calls * flops / run for run in times.runs]))
@@ -153,7 +153,7 @@ def _rate(kernel: str, rates: list[float]) -> Rate:
     return Rate(kernel, best=max(rates), median=statistics.median(rates))
 
 
-def _complete(work: Callable[[], object], device: torch.device) -> tuple[Callable[[], object], int]:
+def complete(work: Callable[[], object], device: torch.device) -> tuple[Callable[[], object], int]:
     """The work, done when the call returns, and how often a call does it.
 
     On a GPU often enough that the launch and the waiting do not show.

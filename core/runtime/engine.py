@@ -42,6 +42,7 @@ from infopt.core.runtime.scheduler import Rules, Scheduler
 from infopt.core.runtime.scoring import score, scores
 from infopt.core.runtime.stats import EngineStats, Meter
 from infopt.core.runtime.step_memory import step_bytes
+from infopt.core.runtime.step_program import Room
 
 # While a batch gathers, a step returns this often, so that aborts and new requests are heeded.
 _NAP_S = 0.002
@@ -106,10 +107,9 @@ class Engine:
             device=device,
             enough=settings.max_running * -(-limit // settings.block_size),
             step_bytes=step_bytes(decoder, settings, kept),
+            on_card=decoder.card is not None,
         )
-        cache = KVCache(
-            config, blocks=blocks, block_size=settings.block_size, dtype=kept, device=device
-        )
+        cache = KVCache.of(decoder, blocks=blocks, block_size=settings.block_size, dtype=kept)
         ends = read_eos_token_ids(artifact)
 
         @functools.cache
@@ -122,6 +122,7 @@ class Engine:
                 decoder,
                 cache,
                 open_store(artifact, settings, decoder, cache, kept),
+                Room(settings.max_running, limit),
             ),
             settings=settings,
             max_model_len=held_sequence(limit, blocks * settings.block_size, settings),

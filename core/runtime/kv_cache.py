@@ -10,14 +10,16 @@ from infopt.core.artifact.quantized import kv_format
 from infopt.core.artifact.read import Artifact
 from infopt.core.errors import ResourceError
 from infopt.core.models.config import ModelConfig
+from infopt.core.models.decoder import Decoder
 from infopt.core.recipe.serve import KvDType
+from infopt.kernels.attention import cache as plain
 from infopt.kernels.attention.cache import (
     copy_blocks,
-    new_cache,
     read_blocks,
-    token_bytes,
     write_blocks,
 )
+from infopt.kernels.attention.eight_bits import fill_with_noise
+from infopt.kernels.gpu import cache as card
 
 # Of the memory that is free once weights and the largest step are in it; the rest is for others.
 _CPU_SHARE = 0.5
@@ -46,20 +48,36 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        on_card: bool = False,
     ) -> None:
+        """`on_card`: laid out for a GPU's own kernels, not for torch."""
         self.blocks = blocks
         self.block_size = block_size
+        self._on_card, self._heads = on_card, (config.kv_heads, config.head_dim)
         shape = (blocks, block_size, config.kv_heads, config.head_dim)
+        new_cache = card.new_cache if on_card else plain.new_cache
         try:
             self.layers: list[Tensor] = [
                 new_cache(*shape, dtype, device) for _ in range(config.layers)
             ]
         except RuntimeError as error:
-            size = blocks * block_bytes(config, block_size, dtype)
+            size = blocks * block_bytes(config, block_size, dtype, on_card=on_card)
             raise ResourceError(
                 f"no memory for a KV cache of {size / 2**30:.1f} GiB on {device}",
                 "ask for fewer blocks: --kv-blocks",
             ) from error
+
+    @classmethod
+    def of(cls, decoder: Decoder, *, blocks: int, block_size: int, dtype: torch.dtype) -> "KVCache":
+        """Laid out for the kernels that the decoder's attention runs; raises as the constructor."""
+        return cls(
+            decoder.config,
+            blocks=blocks,
+            block_size=block_size,
+            dtype=dtype,
+            device=decoder.device,
+            on_card=decoder.card is not None,
+        )
 
     @property
     def block_shape(self) -> tuple[int, ...]:
@@ -70,6 +88,14 @@ class KVCache:
     def dtype(self) -> torch.dtype:
         """Of what is stored: that of bytes where keys and values are kept in 8 bits."""
         return self.layers[0].dtype
+
+    def fill_with_noise(self) -> None:
+        """Finite keys and values in all slots, for timing."""
+        for layer in self.layers:
+            if self._on_card:
+                card.fill_with_noise(layer, *self._heads)
+            else:
+                fill_with_noise(layer)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks, each (source, target), in every layer."""
@@ -94,8 +120,11 @@ class KVCache:
         return torch.tensor(blocks, dtype=torch.int64, device=self.layers[0].device)
 
 
-def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+def block_bytes(
+    config: ModelConfig, block_size: int, dtype: torch.dtype, *, on_card: bool = False
+) -> int:
     """Bytes of one block over all layers."""
+    token_bytes = card.token_bytes if on_card else plain.token_bytes
     return config.layers * block_size * token_bytes(config.kv_heads, config.head_dim, dtype)
 
 
@@ -107,6 +136,7 @@ def blocks_that_fit(
     device: torch.device,
     enough: int,
     step_bytes: int,
+    on_card: bool = False,
 ) -> int:
     """Blocks in a share of the memory that is free now less `step_bytes`, at most `enough`.
 
@@ -116,8 +146,9 @@ def blocks_that_fit(
         free = int((torch.cuda.mem_get_info(device)[0] - step_bytes) * _CUDA_SHARE)
     else:
         free = int((psutil.virtual_memory().available - step_bytes) * _CPU_SHARE)
-    one = block_bytes(config, block_size, dtype)
-    one += one // config.layers  # attention gathers what it reads, a layer at a time
+    one = block_bytes(config, block_size, dtype, on_card=on_card)
+    if not on_card:
+        one += one // config.layers  # torch's attention gathers what it reads, a layer at a time
     if free < one:
         raise ResourceError(
             f"the free memory of {device} does not hold one KV block of {one / 2**20:.0f} MiB"

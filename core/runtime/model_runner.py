@@ -11,7 +11,7 @@ from infopt.core.recipe.serve import Kernels
 from infopt.core.runtime.kv_cache import KVCache
 from infopt.core.runtime.prefix_store import PrefixStore
 from infopt.core.runtime.scheduler import Step
-from infopt.core.runtime.step_program import Replays, recorded
+from infopt.core.runtime.step_program import Replays, Room, captured, recorded
 
 # Blocks that are in host memory beside the store while they are on their way to the disk.
 _SAVED_AT_ONCE = 16
@@ -37,12 +37,20 @@ class ModelRunner:
 
     @classmethod
     def recorded(
-        cls, kernels: Kernels, decoder: Decoder, cache: KVCache, store: PrefixStore | None = None
+        cls,
+        kernels: Kernels,
+        decoder: Decoder,
+        cache: KVCache,
+        store: PrefixStore | None = None,
+        room: Room | None = None,
     ) -> "ModelRunner":
-        """One that replays decode steps on a CPU, where its native kernels are to be used and can
-        compute them; raises as `find_native`."""
-        native = find_native(kernels) if decoder.device.type == "cpu" else None
-        return cls(decoder, cache, store, recorded(native, decoder, cache.layers))
+        """One that replays steps: on a CPU where its native kernels are to be used and can compute
+        them, on a GPU decode steps that have `room`; raises as `find_native`."""
+        if decoder.device.type == "cuda":
+            replays = captured(decoder, cache.layers, room)
+        else:
+            replays = recorded(find_native(kernels), decoder, cache.layers)
+        return cls(decoder, cache, store, replays)
 
     @torch.inference_mode()
     def move_blocks(self, step: Step) -> None:

@@ -13,8 +13,7 @@ from infopt.core.runtime.batch import Span, step_inputs
 from infopt.core.runtime.kv_cache import KVCache, cache_dtype
 from infopt.core.runtime.loaded import load_for
 from infopt.core.runtime.model_runner import ModelRunner
-from infopt.core.runtime.step_program import StepTimes
-from infopt.kernels.attention.eight_bits import fill_with_noise
+from infopt.core.runtime.step_program import NativeStep, Room, StepTimes
 
 
 class PhaseRunner:
@@ -52,8 +51,7 @@ class PhaseRunner:
         Keys and values are drawn at random: a step takes the same time whatever they are.
         """
         runner = self._runner_for(batch, context)
-        for cache in runner.cache.layers:
-            fill_with_noise(cache)
+        runner.cache.fill_with_noise()
         self._decoding = self._spans(batch, context, new=1)
 
     def decode_step(self) -> None:
@@ -65,7 +63,7 @@ class PhaseRunner:
         """What the parts of the last step take that was run, if it was replayed: in a replay whose
         calls are made one by one."""
         program = None if self._runner is None else self._runner.replays.program
-        if program is None or self._last is None:
+        if not isinstance(program, NativeStep) or self._last is None:
             return None
         return program.times(*self._last)
 
@@ -90,17 +88,14 @@ class PhaseRunner:
         blocks = batch * -(-context // self._block_size)
         if self._runner is None or self._runner.cache.blocks != blocks:
             self._runner = None  # the old cache goes before the new one comes
-            cache = KVCache(
-                self._decoder.config,
-                blocks=blocks,
-                block_size=self._block_size,
-                dtype=self._kept,
-                device=self._device,
+            cache = KVCache.of(
+                self._decoder, blocks=blocks, block_size=self._block_size, dtype=self._kept
             )
             # With clocks at the operators a step is computed part by part.
             clocked = self._decoder is not self._loaded
             kernels = "torch" if clocked else self._kernels
-            self._runner = ModelRunner.recorded(kernels, self._decoder, cache)
+            room = Room(batch, context)
+            self._runner = ModelRunner.recorded(kernels, self._decoder, cache, room=room)
         self._decoding = []
         return self._runner
 

@@ -49,13 +49,7 @@ def measured_step_bytes(
     device, rows = decoder.device, min(rows, tokens)
     length = tokens // rows
     width = -(-length // block_size)
-    cache = KVCache(
-        decoder.config,
-        blocks=rows * width,
-        block_size=block_size,
-        dtype=cached,
-        device=device,
-    )
+    cache = KVCache.of(decoder, blocks=rows * width, block_size=block_size, dtype=cached)
     spans = [Span([0] * length, 0, range(r * width, (r + 1) * width)) for r in range(rows)]
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -32,8 +32,6 @@ _FEWEST_BLOCKS = 16
 class StepProgram(Protocol):
     """A step of no more tokens and blocks than it has room for."""
 
-    size: Size
-
     def replay(self, inputs: StepInputs, wanted: Tensor | None = None) -> Tensor:
         """Logits float32 [R, vocabulary] of the tokens at `wanted` int64 [R], or of all; good until
         the next replay.
@@ -164,13 +162,21 @@ class NativeSteps:
         return NativeStep(self._native, self._decoder, self._caches, size, _threads())
 
 
+class Steps(Protocol):
+    """Programs of several sizes."""
+
+    def step_for(self, inputs: StepInputs, wanted: Tensor | None) -> StepProgram | None:
+        """The program of a step; None where there is none for it."""
+        ...
+
+
 class Replays:
     """The steps of a decoder that are replayed, and how many were; or why none is."""
 
-    def __init__(self, steps: NativeSteps | None, reason: str | None = None) -> None:
+    def __init__(self, steps: Steps | None, reason: str | None = None) -> None:
         self._steps, self.reason = steps, reason
         self.count = 0
-        self.program: NativeStep | None = None
+        self.program: StepProgram | None = None
         """Of the last step, if it was replayed."""
 
     def logits(self, inputs: StepInputs, wanted: Tensor | None = None) -> Tensor | None:
@@ -190,6 +196,32 @@ def recorded(native: Native | None, decoder: Decoder, caches: Sequence[Tensor]) 
         return Replays(NativeSteps(native, decoder, caches))
     except Unrecordable as error:
         return Replays(None, f"the decoder cannot be recorded: {error}")
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What recorded steps of a GPU must have room for."""
+
+    rows: int
+    context: int
+    """Tokens of a request."""
+
+
+def captured(decoder: Decoder, caches: Sequence[Tensor], room: Room | None) -> Replays:
+    """The decode steps of a decoder on a GPU as CUDA graphs, where they can be captured."""
+    if decoder.card is None:
+        return Replays(None, "torch's kernels are used on this GPU")
+    if room is None:
+        return Replays(None, "no step is to be recorded")
+    # Here, so that a CPU need not have Triton.
+    from infopt.core.runtime.card_steps import CardSteps
+
+    try:
+        with torch.inference_mode():
+            return Replays(CardSteps(decoder, caches, rows=room.rows, context=room.context))
+    except RuntimeError as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return Replays(None, f"the decoder cannot be captured: {why}")
 
 
 def _threads() -> int:

@@ -115,6 +115,16 @@ class AttentionPlan:
         return self._lengths
 
     @property
+    def single(self) -> int:
+        """How many requests have one query; they come first."""
+        return self._single
+
+    @property
+    def contexts(self) -> Sequence[int]:
+        """Tokens of each request in the cache, the step's own among them."""
+        return self._contexts
+
+    @property
     def tables(self) -> Sequence[Sequence[int]]:
         """The blocks of each request."""
         return self._tables

@@ -1,6 +1,7 @@
 """Attention as models launch it: tokens, chunks, trees; heads of 64 to 256; 8 bits."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -101,8 +102,8 @@ def _example(name: str, shape: _Shape, wants: tuple[str, ...] = ()) -> Example:
 
 
 _TOKENS = (1,) * 32
-_SMALL = {"heads": 9, "kv_heads": 3, "head_dim": 64}
-_PHI = {"heads": 32, "kv_heads": 32, "head_dim": 80}
+_SMALL: dict[str, Any] = {"heads": 9, "kv_heads": 3, "head_dim": 64}
+_PHI: dict[str, Any] = {"heads": 32, "kv_heads": 32, "head_dim": 80}
 EXAMPLES = (
     _example("tokens", _Shape(_TOKENS, 2048), ("HMMA",)),
     _example("one token, split keys", _Shape((1,), 16384), ("HMMA",)),

@@ -193,7 +193,80 @@ def _over_keys(
     return acc, total, highest
 
 
-@triton.jit(do_not_specialize=["table_stride", "tree_stride"])
+@triton.jit
+def _reach(
+    own, real, row, first, past, new, context, positions, window,
+    QUERIES: tl.constexpr, TREE: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Back to which position each row does not see; then, of the keys, from and up to which some
+    row sees, and from and up to which all do."""
+    back = own - window
+    high, all_high = past + tl.minimum(first + QUERIES, new), past + first + 1
+    if TREE:
+        back = tl.load(positions + row, mask=real, other=0) - window
+        high, all_high = context, past
+    low, all_low = 0, 0
+    if WINDOW:
+        low = tl.maximum(tl.min(tl.where(real, back, 2147483647), 0) + 1, 0)
+        all_low = tl.maximum(tl.max(tl.where(real, back, -2147483647), 0) + 1, 0)
+    return back, low, high, all_low, all_high
+
+
+@triton.jit
+def _share(low, high, split, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, SPLIT_KEYS: tl.constexpr):
+    """From and up to which key a split goes; fixed ones are cut where no context changes it."""
+    begin, end = low // BLOCK_N * BLOCK_N, high
+    if SPLITS > 1:
+        if SPLIT_KEYS == 0:
+            per = tl.cdiv(tl.cdiv(high - begin, BLOCK_N), SPLITS) * BLOCK_N
+            end = tl.minimum(begin + (split + 1) * per, high)
+            begin = begin + split * per
+        else:
+            end = tl.minimum((split + 1) * SPLIT_KEYS, high)
+            begin = tl.maximum(split * SPLIT_KEYS, begin)
+    return begin, end
+
+
+@triton.jit
+def _softmax(
+    rows, cache, scales, table, tree_rows, begin, end, low, high, all_low, all_high, own, back,
+    past, scale, cap, token_stride, value_offset, scale_stride, values_after,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TREE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    CODES: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Keys that some rows see, those that all see, and again those that some see."""
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    middle = begin
+    if WINDOW:
+        middle = tl.minimum(tl.maximum(tl.cdiv(all_low, BLOCK_N) * BLOCK_N, begin), end)
+        acc, total, highest = _over_keys(
+            acc, total, highest, rows, cache, scales, table, tree_rows, begin, middle, low, high,
+            own, back, past, scale, cap, token_stride, value_offset, scale_stride, values_after,
+            HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, False, TREE, WINDOW, CAP, CODES, NATIVE,
+        )  # fmt: skip
+    last = tl.maximum(tl.minimum(all_high // BLOCK_N * BLOCK_N, end), middle)
+    acc, total, highest = _over_keys(
+        acc, total, highest, rows, cache, scales, table, tree_rows, middle, last, low, high,
+        own, back, past, scale, cap, token_stride, value_offset, scale_stride, values_after,
+        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, True, TREE, WINDOW, CAP, CODES, NATIVE,
+    )  # fmt: skip
+    return _over_keys(
+        acc, total, highest, rows, cache, scales, table, tree_rows, last, end, low, high,
+        own, back, past, scale, cap, token_stride, value_offset, scale_stride, values_after,
+        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, False, TREE, WINDOW, CAP, CODES, NATIVE,
+    )  # fmt: skip
+
+
+# Where small tables lie, and how wide they are, says nothing of how fast they are read.
+_TABLES = ["tiles", "starts", "contexts", "tables", "tree", "positions"]
+
+
+@triton.jit(
+    do_not_specialize=["table_stride", "tree_stride"], do_not_specialize_on_alignment=_TABLES
+)
 def attend_tile(
     query, out, parts, sums, cache, scales, tiles, starts, contexts, tables, tree, positions,
     scale, cap, window, query_stride, out_stride, table_stride, tree_stride,
@@ -211,76 +284,36 @@ def attend_tile(
     new = tl.load(starts + request + 1) - start
     past = context - new
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    token = first + m // GROUP
+    token, of_head = first + m // GROUP, head * GROUP + m % GROUP
     real = (m < QUERIES * GROUP) & (token < new)
     own = tl.where(real, past + token, -1)
     row = (start + token).to(tl.int64)
-    # Of the keys, those that some row sees, and those that all do.
-    back = own - window
-    high, all_high = past + tl.minimum(first + QUERIES, new), past + first + 1
-    if TREE:
-        back = tl.load(positions + row, mask=real, other=0) - window
-        high, all_high = context, past
-    low, all_low = 0, 0
-    if WINDOW:
-        low = tl.maximum(tl.min(tl.where(real, back, 2147483647), 0) + 1, 0)
-        all_low = tl.maximum(tl.max(tl.where(real, back, -2147483647), 0) + 1, 0)
-    begin, end = low // BLOCK_N * BLOCK_N, high
-    if SPLITS > 1:
-        per = SPLIT_KEYS
-        if SPLIT_KEYS == 0:
-            per = tl.cdiv(tl.cdiv(high - begin, BLOCK_N), SPLITS) * BLOCK_N
-            end = tl.minimum(begin + (split + 1) * per, high)
-            begin = begin + split * per
-        else:
-            end = tl.minimum((split + 1) * per, high)
-            begin = tl.maximum(split * per, begin)
-    row_head = row * (KV_HEADS * GROUP) + head * GROUP + m % GROUP
+    back, low, high, all_low, all_high = _reach(
+        own, real, row, first, past, new, context, positions, window, QUERIES, TREE, WINDOW
+    )
+    begin, end = _share(low, high, split, BLOCK_N, SPLITS, SPLIT_KEYS)
+    part = (row * (KV_HEADS * GROUP) + of_head) * SPLITS + split
     if SPLITS > 1 and begin >= end:
-        tl.store(sums + row_head * SPLITS + split, float("-inf"), mask=real)
+        tl.store(sums + part, float("-inf"), mask=real)
         return
-
-    at = row * query_stride + (head * GROUP + m % GROUP) * HEAD_DIM
     stored = real[:, None] & (d < HEAD_DIM)[None, :]
+    at = row * query_stride + of_head * HEAD_DIM
     rows = tl.load(query + at[:, None] + d[None, :], mask=stored, other=0.0)
-    table = tables + request.to(tl.int64) * table_stride
-    mine = cache + head * HEAD_DIM
-    own_scales = scales + head
-    tree_rows = tree + row * tree_stride
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    middle = begin
-    if WINDOW:
-        middle = tl.minimum(tl.maximum(tl.cdiv(all_low, BLOCK_N) * BLOCK_N, begin), end)
-        acc, total, highest = _over_keys(
-            acc, total, highest, rows, mine, own_scales, table, tree_rows, begin, middle, low, high,
-            own, back, past, scale, cap, token_stride, value_offset, scale_stride, KV_HEADS,
-            HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, False, TREE, WINDOW, CAP, CODES, NATIVE,
-        )  # fmt: skip
-    last = tl.maximum(tl.minimum(all_high // BLOCK_N * BLOCK_N, end), middle)
-    acc, total, highest = _over_keys(
-        acc, total, highest, rows, mine, own_scales, table, tree_rows, middle, last, low, high,
-        own, back, past, scale, cap, token_stride, value_offset, scale_stride, KV_HEADS,
-        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, True, TREE, WINDOW, CAP, CODES, NATIVE,
+    acc, total, highest = _softmax(
+        rows, cache + head * HEAD_DIM, scales + head, tables + request.to(tl.int64) * table_stride,
+        tree + row * tree_stride, begin, end, low, high, all_low, all_high, own, back, past, scale,
+        cap, token_stride, value_offset, scale_stride, KV_HEADS, HEAD_DIM, BLOCK_M, BLOCK_D,
+        BLOCK_N, BLOCK_SIZE, TREE, WINDOW, CAP, CODES, NATIVE,
     )  # fmt: skip
-    acc, total, highest = _over_keys(
-        acc, total, highest, rows, mine, own_scales, table, tree_rows, last, end, low, high,
-        own, back, past, scale, cap, token_stride, value_offset, scale_stride, KV_HEADS,
-        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, False, TREE, WINDOW, CAP, CODES, NATIVE,
-    )  # fmt: skip
-
-    # A row may have seen none of this split's keys.
-    some = tl.where(total > 0, total, 1.0)
+    some = tl.where(total > 0, total, 1.0)  # a row may have seen none of this split's keys
     found = acc / some[:, None]
     if SPLITS == 1:
-        at = out + row * out_stride + (head * GROUP + m % GROUP) * HEAD_DIM
+        at = out + row * out_stride + of_head * HEAD_DIM
         tl.store(at[:, None] + d[None, :], found.to(out.dtype.element_ty), mask=stored)
     else:
-        at = parts + (row_head * SPLITS + split) * HEAD_DIM
-        tl.store(at[:, None] + d[None, :], found, mask=stored)
-        sum_at = sums + row_head * SPLITS + split
-        tl.store(sum_at, tl.where(total > 0, highest + tl.log2(some), float("-inf")), mask=real)
+        tl.store(parts + part[:, None] * HEAD_DIM + d[None, :], found, mask=stored)
+        seen = tl.where(total > 0, highest + tl.log2(some), float("-inf"))
+        tl.store(sums + part, seen, mask=real)
 
 
 _CODES = {torch.int8: "int8", FP8: "float8"}

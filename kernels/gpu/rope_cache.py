@@ -70,6 +70,17 @@ def _e4m3_bits(x):
     return tl.where(x < 0, code | 0x80, code)
 
 
+@triton.jit
+def _codes(steps, CODES: tl.constexpr):
+    """The nearest codes, ties to even, as int32."""
+    if CODES == "int8":
+        # A float of 1.5 * 2^23 has no room for fractions.
+        steps = tl.minimum(tl.maximum(steps, -128.0), 127.0)
+        return ((steps + 12582912.0) - 12582912.0).to(tl.int32)
+    else:
+        return _e4m3_bits(tl.minimum(tl.maximum(steps, -448.0), 448.0))
+
+
 @triton.jit(do_not_specialize=["stride", "turn_stride"])
 def rope_and_cache(
     qkv, cos, sin, weight, slots, cache, cache_scales, fixed_scales, stride, turn_stride, eps,
@@ -124,13 +135,7 @@ def rope_and_cache(
             scale = tl.where(scale == 0, 1.0, scale)  # where all is zero, any will do but 0
         # What is not finite leaves a row without a finite value.
         scale += tl.sum(0 * x, 1)
-        steps = x / scale[:, None]
-        if CODES == "int8":
-            # To the nearest, ties to even: a float of 1.5 * 2^23 has no room for fractions.
-            steps = tl.minimum(tl.maximum(steps, -128.0), 127.0)
-            codes = ((steps + 12582912.0) - 12582912.0).to(tl.int32)
-        else:
-            codes = _e4m3_bits(tl.minimum(tl.maximum(steps, -448.0), 448.0))
+        codes = _codes(x / scale[:, None], CODES)
         tl.store(to, codes.to(cache.dtype.element_ty), mask=kept)
         scale_at = cache_scales + slot * scale_stride + row
         tl.store(scale_at, scale, mask=there & (slot >= 0))

@@ -7,7 +7,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 HOPPER_SHARED = 232_448
 """Bytes of shared memory that a block of threads may have on an H100, a B200."""
@@ -97,6 +100,19 @@ class Card:
         cls, name: str, *, capability: int, processors: int, shared_bytes: int
     ) -> "Card":
         return cls(name, capability, processors, shared_bytes, shipped(capability, shared_bytes))
+
+    @classmethod
+    def at_hand(cls, device: "torch.device") -> "Card":
+        """A GPU that torch sees, with the tiles that ship."""
+        import torch
+
+        found: Any = torch.cuda.get_device_properties(device)
+        return cls.with_shipped(
+            found.name,
+            capability=10 * found.major + found.minor,
+            processors=found.multi_processor_count,
+            shared_bytes=found.shared_memory_per_block_optin,
+        )
 
     def tile(self, kernel: str, **key: int | str) -> Tile:
         """Of the first rule for `kernel` that applies; there is always one."""

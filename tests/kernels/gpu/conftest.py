@@ -39,9 +39,7 @@ def card(device: torch.device) -> Card:
     """The GPU at hand; under the interpreter an H100's tiles."""
     if device.type == "cpu":
         return Card.with_shipped(**H100)
-    from infopt.core.hardware.card import card_of
-
-    return card_of(device)
+    return Card.at_hand(device)
 
 
 @pytest.fixture

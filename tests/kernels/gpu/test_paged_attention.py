@@ -246,7 +246,7 @@ MUTATIONS = {
         "begin, end = (low + 15) // BLOCK_N",
         "window over tiles",
     ),
-    "who sees all": ("past + first + 1\n    if TREE", "past + first + 17\n    if TREE", "chunks"),
+    "who sees all": ("past + first + 1\n", "past + first + 17\n", "chunks"),
     "what is kept": ("total * kept + tl.sum", "total + tl.sum", "chunks"),
     "unwritten keys": ("(index >= low) & (index < high)", "index >= 0", "chunks"),
     "the tree": ("(marked != 0)", "(marked >= 0)", "tree"),
