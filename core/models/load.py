@@ -42,7 +42,7 @@ from infopt.core.models.mlp import (
     by_row,
 )
 from infopt.core.models.rope import Rope
-from infopt.core.models.shapes import linear_shapes
+from infopt.core.models.shapes import linear_shapes, takes_heads
 from infopt.kernels.attention.eight_bits import FP8, INT8, KvScales
 from infopt.kernels.gemm.scratch import Scratch
 from infopt.kernels.gpu.tile import Card
@@ -91,11 +91,6 @@ def runs_in_int8(scheme: LayerScheme | None) -> bool:
         and inputs.bits <= 8
         and inputs.strategy in ("token", "tensor")
     )
-
-
-def takes_heads(config: ModelConfig) -> bool:
-    """Whether a GPU's kernels have tiles for a model's heads."""
-    return config.head_dim <= 256 and config.heads // config.kv_heads <= 64
 
 
 def weight_bytes(artifact: Artifact, dtype: torch.dtype) -> int:

@@ -40,3 +40,8 @@ def _mlp(config: ModelConfig, layer: int) -> Shapes:
         found[f"{own}.{gate}"] = found[f"{own}.{up}"] = (inner, hidden)
         found[f"{own}.{down}"] = (hidden, inner)
     return found
+
+
+def takes_heads(config: ModelConfig) -> bool:
+    """Whether a GPU's kernels have tiles for a model's heads."""
+    return config.head_dim <= 256 and config.heads // config.kv_heads <= 64

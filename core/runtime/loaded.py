@@ -4,7 +4,7 @@ import torch
 
 from infopt.core.artifact.read import Artifact
 from infopt.core.hardware.card import find_card
-from infopt.core.layers.choice import native_choice
+from infopt.core.layers.choice import Choice, native_choice
 from infopt.core.models.decoder import Decoder
 from infopt.core.models.load import load_decoder
 from infopt.core.recipe.serve import EngineSettings
@@ -20,6 +20,12 @@ def load_for(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     fixed = settings.deterministic
-    native = native_choice(settings.kernels, device, dtype, deterministic=fixed)
+    choice: Choice | None
+    choice = native_choice(settings.kernels, device, dtype, deterministic=fixed)
     card = find_card(settings.kernels, device)
-    return load_decoder(artifact, dtype, device, deterministic=fixed, native=native, card=card)
+    if card is not None:
+        # Here, so that a CPU need not have Triton.
+        from infopt.core.layers.card_products import CardChoice
+
+        choice = CardChoice(card)
+    return load_decoder(artifact, dtype, device, deterministic=fixed, native=choice, card=card)

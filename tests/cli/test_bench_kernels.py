@@ -33,6 +33,12 @@ def test_what_cannot_be_measured(words: str, said: str, capsys: pytest.CaptureFi
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="there is a GPU")
+def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(["bench", "kernels", "--device", "cuda"]) == 1
+    assert "no NVIDIA GPU" in capsys.readouterr().err
+
+
 def test_tiles_are_measured_on_a_gpu_alone(capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
@@ -40,9 +46,3 @@ def test_tiles_are_measured_on_a_gpu_alone(capsys: pytest.CaptureFixture[str]) -
         pytest.skip("there is a GPU")
     assert run_app(["bench", "kernels", "--tune"]) == 1
     assert "NVIDIA GPU" in capsys.readouterr().err
-
-
-@pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="there is a GPU")
-def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_app(["bench", "kernels", "--device", "cuda"]) == 1
-    assert "no NVIDIA GPU" in capsys.readouterr().err
