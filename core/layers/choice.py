@@ -1,6 +1,7 @@
 """Native or torch: what each projection of a decoder becomes once it is whole."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Protocol, TypeVar
@@ -121,6 +122,18 @@ class NativeChoice:
         native = NativeInt8(self.native, packed, grid, _bias(linear.bias))
         takes = self._takes("W8A8", linear, native, linear.codes.shape)
         return self._placed(native) if takes else linear
+
+    def another(self, projection: Projection) -> Projection:
+        """The same weight in memory of its own, placed as that of a decoder's next layer would be:
+        to measure one that is not in the cache."""
+        match projection:
+            case NativeLinear():
+                return self._placed(projection)
+            case NativeGroups():
+                return self._placed(projection)
+            case NativeInt8():
+                return self._placed(projection)
+        return deepcopy(projection)
 
     def _placed(self, native: _Native) -> _Native:
         """The same, its weight behind those that were chosen before it."""

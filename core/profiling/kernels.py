@@ -98,8 +98,8 @@ def several(
     """
     first = build(form, n, k, device, dtype, choice)
     copies = max(1, -(-_CACHES * cache_bytes // first.nbytes))
-    kept = {} if choice is None else {id(choice.native): choice.native}
-    return [first, *(deepcopy(first, dict(kept)) for _ in range(copies - 1))]
+    another = deepcopy if choice is None else choice.another
+    return [first, *(another(first) for _ in range(copies - 1))]
 
 
 def product_time(weights: Sequence[Projection], x: Tensor, native: Native | None) -> float:
