@@ -37,7 +37,7 @@ from infopt.core.runtime.pooling import embedding, pool
 from infopt.core.runtime.prefix_cache import PrefixCache
 from infopt.core.runtime.prefix_tiers import open_store
 from infopt.core.runtime.request import FinishReason, Joined, Request, SamplingParams, StepOutput
-from infopt.core.runtime.sampler import Choice, Draw, sample
+from infopt.core.runtime.sampler import Choice, Draw
 from infopt.core.runtime.scheduler import Rules, Scheduler
 from infopt.core.runtime.scoring import score, scores
 from infopt.core.runtime.stats import EngineStats, Meter
@@ -199,7 +199,7 @@ class Engine:
         requests, rows = self._answers(batch)
         if rows != list(range(len(logits))):
             logits = logits[torch.tensor(rows, dtype=torch.int64, device=logits.device)]
-        choices = sample(logits, [self._draw(request) for request in requests])
+        choices = self._runner.choose(logits, [self._draw(request) for request in requests])
         for request, choice, row in zip(requests, choices, rows, strict=True):
             lost = choice.token_id is None and choice.fault is None
             fault = self._unsampled(batch, row) if lost else choice.fault

@@ -10,6 +10,7 @@ from infopt.core.models.decoder import Decoder, StepInputs
 from infopt.core.recipe.serve import Kernels
 from infopt.core.runtime.kv_cache import KVCache
 from infopt.core.runtime.prefix_store import PrefixStore
+from infopt.core.runtime.sampler import Choice, Draw, sample
 from infopt.core.runtime.scheduler import Step
 from infopt.core.runtime.step_program import Replays, Room, captured, recorded
 
@@ -65,6 +66,15 @@ class ModelRunner:
         if step.restores:
             contents, targets = zip(*step.restores, strict=True)
             self.cache.write(targets, contents)
+
+    def choose(self, logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:
+        """A token for each row of logits [R, vocabulary]."""
+        if self.decoder.card is None:
+            return sample(logits, draws)
+        # Here, so that a CPU need not have Triton.
+        from infopt.core.runtime.card_sampler import sample_on_card
+
+        return sample_on_card(self.decoder.card, logits, draws)
 
     @torch.inference_mode()
     def save(self, named: Sequence[tuple[int, bytes]]) -> None:

@@ -12,7 +12,7 @@ from infopt.core.runtime.request import SamplingParams, TokenLogprob
 
 # The most likely tokens nearly always hold the nucleus, and are far cheaper to find than a sort.
 _WINDOW = 1024
-_NOTHING_LEFT = "no token may come next: the grammar gave up, or all that it allows is barred"
+NOTHING_LEFT = "no token may come next: the grammar gave up, or all that it allows is barred"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def _choose(logits: Tensor, best: int, draw: Draw) -> Choice:
         changed = masked(changed, draw.allowed, draw.barred)
         best = int(changed.argmax())
         if not math.isfinite(float(changed[best])):
-            return Choice(None, fault=_NOTHING_LEFT)
+            return Choice(None, fault=NOTHING_LEFT)
     token = best if params.temperature == 0 else _draw(changed, params, draw.generator)
     if params.logprobs is None:
         return Choice(token)

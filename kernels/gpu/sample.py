@@ -16,6 +16,8 @@ from torch import Tensor
 
 from infopt.kernels.gpu.tile import Card
 
+NOT_FINITE, NONE_LEFT = -1, -2
+"""In place of a token."""
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -165,6 +167,7 @@ def choose(
             total = weight + needed * each
         target = tl.load(uniforms + row) * total
         token = chosen(logits, size, floor, level, ties, target, highest, slope, BLOCK)
+    token = tl.where(highest > float("-inf"), token, -2)
     tl.store(tokens + row, tl.where(bad > 0, -1, token).to(tl.int64))
 
 
@@ -191,8 +194,8 @@ def extremes(logits, size, BLOCK: tl.constexpr):
 def sample(card: Card, logits: Tensor, how: Choosing) -> Tensor:
     """logits [R, V] of any float dtype, their rows contiguous -> tokens int64 [R].
 
-    -1 for a row with a NaN or +inf. A row's token depends on the row and on how it is chosen from,
-    and on nothing else.
+    NOT_FINITE for a row with a NaN or +inf, NONE_LEFT where all is -inf. A row's token depends on
+    the row and on how it is chosen from, and on nothing else.
     """
     assert logits.stride(1) == 1
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
