@@ -2,8 +2,8 @@
 // pairs of them: queries and weights are rounded to bfloat16, sums are float32. Included by
 // ops/attention.cpp.
 //
-// Keys and values lie token by token, as they are written. What a layout made for the instruction
-// would spare, a few shuffles to a token that all heads of a group share, hides behind memory.
+// Keys and values lie token by token, as they are written: sums of scores cost some shuffles to a
+// token and head, which a layout made for the instruction would spare.
 #if defined(__AVX512BF16__)
 
 constexpr int64_t kPairs = 32;  // numbers of a register
