@@ -2,8 +2,8 @@
 // pairs of them: queries and weights are rounded to bfloat16, sums are float32. Included by
 // ops/attention.cpp.
 //
-// Keys and values lie token by token, as they are written. What a layout made for the instruction
-// would spare, a few shuffles to a token that all heads of a group share, hides behind memory.
+// Keys and values lie token by token, as they are written: sums of scores cost some shuffles to a
+// token and head, which a layout made for the instruction would spare.
 #if defined(__AVX512BF16__)
 
 constexpr int64_t kPairs = 32;  // numbers of a register
@@ -33,6 +33,8 @@ static inline vf sums_of_quarters(const vf* v) {
     return quarters<0x88>(ab, cd) + quarters<0xDD>(ab, cd);
 }
 
+// Loops that are unrolled keep their sums in registers; the compiler would not do so unasked.
+
 // s[g][t] = q[g] . keys[t]; keys are padded to a multiple of 16. `blocks` registers make a row, of
 // which B, if it is not 0, is the number. Of the tokens `ahead`, `bytes` each are fetched.
 template <int G, int B>
@@ -41,22 +43,28 @@ static inline void dot_pairs(const bf16* q, const char* const* keys, const char*
     const int64_t count = B ? B : blocks;
     for (int64_t t = 0; t < tokens; t += 16) {
         vf by_four[G][4];
+#pragma GCC unroll 4
         for (int four = 0; four < 4; four++) {
             vf total[G][4] = {};
+#pragma GCC unroll 4
             for (int j = 0; j < 4; j++) {
                 const char* row = keys[t + 4 * four + j];
                 if (ahead)
                     for (int64_t b = 0; b < bytes; b += 64)
                         __builtin_prefetch(ahead[t + 4 * four + j] + b, 0, 2);
+#pragma GCC unroll 4
                 for (int64_t b = 0; b < count; b++) {
                     const __m512i k = _mm512_loadu_si512(row + b * 64);
+#pragma GCC unroll 4
                     for (int g = 0; g < G; g++)
                         total[g][j] = add_pairs(
                             total[g][j], k, _mm512_loadu_si512(q + (g * count + b) * kPairs));
                 }
             }
+#pragma GCC unroll 4
             for (int g = 0; g < G; g++) by_four[g][four] = sums_by_quarter(total[g]);
         }
+#pragma GCC unroll 4
         for (int g = 0; g < G; g++) store(s + g * TOKENS + t, sums_of_quarters(by_four[g]));
     }
 }
@@ -69,22 +77,27 @@ static inline void mix_pairs(const bf16* p, const char* const* values, int64_t t
     vf low[G][N] = {}, high[G][N] = {};
     for (int64_t t = 0; t < tokens; t += 2) {
         __m512i weights[G];
+#pragma GCC unroll 4
         for (int g = 0; g < G; g++) {
             std::int32_t both;
             std::memcpy(&both, p + g * TOKENS + t, 4);
             weights[g] = _mm512_set1_epi32(both);
         }
+#pragma GCC unroll 4
         for (int b = 0; b < N; b++) {
             const __m512i x = _mm512_loadu_si512(values[t] + offset + b * 64);
             const __m512i y = _mm512_loadu_si512(values[t + 1] + offset + b * 64);
             const __m512i lower = _mm512_unpacklo_epi16(x, y), upper = _mm512_unpackhi_epi16(x, y);
+#pragma GCC unroll 4
             for (int g = 0; g < G; g++) {
                 low[g][b] = add_pairs(low[g][b], lower, weights[g]);
                 high[g][b] = add_pairs(high[g][b], upper, weights[g]);
             }
         }
     }
+#pragma GCC unroll 4
     for (int g = 0; g < G; g++)
+#pragma GCC unroll 4
         for (int b = 0; b < N; b++) {
             float* to = out + g * stride + offset / 2 + b * kPairs;
             const __m512 l = (__m512)low[g][b], h = (__m512)high[g][b];
@@ -109,6 +122,7 @@ static void piece_pairs(const AttendArgs& a, const bf16* q, const Tile& tile, bo
         dot_pairs<G, 4>(q, tile.keys, ahead, bytes, tokens, blocks, s);
     else
         dot_pairs<G, 0>(q, tile.keys, ahead, bytes, tokens, blocks, s);
+#pragma GCC unroll 4
     for (int g = 0; g < G; g++) {
         float* own = s + g * TOKENS;
         settle(a, own, tokens, first, most[g], weight[g], out + g * stride, stride);
