@@ -23,6 +23,8 @@ def sample_on_card(card: Card, logits: Tensor, draws: Sequence[Draw]) -> list[Ch
     The uniform number of a draw is its generator's, but tokens lie in the order of the vocabulary
     here, so that a seed gives another answer than on a CPU.
     """
+    if not draws:
+        return []
     logits = logits.float()
     changed = logits
     if not all(draw.is_plain for draw in draws):

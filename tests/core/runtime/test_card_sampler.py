@@ -90,3 +90,9 @@ def test_greedy_draws_take_no_number() -> None:
     fresh = torch.Generator().manual_seed(3).get_state()
     assert torch.equal(greedy.generator.get_state(), fresh)
     assert not torch.equal(drawn.generator.get_state(), fresh)
+
+
+def test_a_step_that_answers_nobody() -> None:
+    from infopt.core.runtime.card_sampler import sample_on_card
+
+    assert sample_on_card(CARD, torch.empty(0, VOCABULARY), []) == []
