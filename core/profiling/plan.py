@@ -14,7 +14,7 @@ from infopt.core.reports.schema import Plan
 
 # The share of a peak that the runtime reaches, for the time that a plan tells: assumed.
 _UTILIZATION = 0.4
-_CALIBRATION_SECONDS = 120.0
+_CALIBRATION_SECONDS = 180.0
 
 
 def plan_profile(artifact: Artifact, settings: ProfileSettings) -> Plan:

@@ -126,9 +126,16 @@ def _library(file: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(file))
     except OSError as error:
         raise NoLibraryError(f"the native kernels cannot be loaded ({error})") from error
+    if not hasattr(library, "infopt_call_bytes") or _call_bytes(library) != ctypes.sizeof(Call):
+        raise NoLibraryError("the native kernels are of another version of infopt: build anew")
     library.infopt_usable.restype = c_int
     library.infopt_op.argtypes = (c_int, c_char_p, c_int64)
     library.infopt_op.restype = c_void_p
     library.infopt_run.argtypes = (POINTER(Call), c_int64, c_int)
     library.infopt_run.restype = None
     return library
+
+
+def _call_bytes(library: ctypes.CDLL) -> int:
+    library.infopt_call_bytes.restype = c_int64
+    return int(library.infopt_call_bytes())

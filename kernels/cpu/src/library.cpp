@@ -68,6 +68,9 @@ INFOPT_API infopt::Op infopt_op(int isa, const char* name, std::int64_t args_siz
     return nullptr;
 }
 
+// What `infopt_run` takes a call to be: a caller that was made with another would be misread.
+INFOPT_API std::int64_t infopt_call_bytes() { return sizeof(infopt::Call); }
+
 INFOPT_API void infopt_run(const infopt::Call* calls, std::int64_t count, int threads) {
     infopt::run(calls, count, threads);
 }

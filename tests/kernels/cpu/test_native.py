@@ -101,7 +101,7 @@ def test_the_environment_forces_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
         load()
 
 
-def test_a_set_that_the_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_that_the_cpu_lacks_is_refused() -> None:
     monkeypatch.setattr("infopt.kernels.cpu.native.usable_isas", lambda _: ("portable",))
     with pytest.raises(NativeError, match="INFOPT_ISA=avx512: this CPU or"):
         load("avx512")
@@ -118,3 +118,10 @@ def test_a_missing_or_broken_library_is_told_in_a_line(tmp_path: Path) -> None:
 
 def test_structures_are_as_large_as_the_library_says() -> None:
     assert ctypes.sizeof(Call) == 40
+
+
+def test_a_library_of_another_version_is_refused() -> None:
+    """A call that is misread would end the process; so it is not loaded, and torch's kernels run."""
+    other = Path(torch.__file__).parent / "lib" / "libc10.so"
+    with pytest.raises(NativeError, match="another version"):
+        load(file=other)
