@@ -101,7 +101,7 @@ def test_the_environment_forces_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
         load()
 
 
-def test_a_set_that_the_cpu_lacks_is_refused() -> None:
+def test_a_set_that_the_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infopt.kernels.cpu.native.usable_isas", lambda _: ("portable",))
     with pytest.raises(NativeError, match="INFOPT_ISA=avx512: this CPU or"):
         load("avx512")
@@ -121,7 +121,7 @@ def test_structures_are_as_large_as_the_library_says() -> None:
 
 
 def test_a_library_of_another_version_is_refused() -> None:
-    """A call that is misread would end the process; so it is not loaded, and torch's kernels run."""
+    """A call that is misread would end the process: torch's kernels run."""
     other = Path(torch.__file__).parent / "lib" / "libc10.so"
     with pytest.raises(NativeError, match="another version"):
         load(file=other)
