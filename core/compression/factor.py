@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from infopt.core.compression.finite import all_finite
+
 _LADDER = (0.02, 0.05, 0.1, 0.2, 0.5)
 
 
@@ -34,4 +36,4 @@ def _factor(hessian: Tensor, added: Tensor) -> Tensor | None:
         return None
     identity = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
     factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-    return factor if bool(torch.isfinite(factor).all()) else None
+    return factor if all_finite(factor) else None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from infopt.core.compression.finite import all_finite
 from infopt.core.compression.statistics import (
     InputStatistics,
     accumulate_hessian,
@@ -76,7 +77,7 @@ def _fold(part: _Running, inputs: Tensor, quota: int, original: Tensor | None) -
 
 
 def _finished(name: str, part: _Running) -> InputStatistics:
-    if not bool(torch.isfinite(part.hessian.triu()).all()):
+    if not all_finite(part.hessian):
         raise NumericsError(
             f"the activations that reach {name} are not finite or overflow",
             "try --dtype float32; if it is so already, the weights are broken",

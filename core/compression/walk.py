@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from infopt.core.artifact.read import Artifact
+from infopt.core.compression.finite import all_finite
 from infopt.core.compression.offload import Store, in_memory
 from infopt.core.compression.replay import Replay, Tail, find_tail, replace_forward
 from infopt.core.compression.targets import Target
@@ -213,7 +214,7 @@ class Walk:
             calibrate_experts(self.model, self._experts if index else None)
             output = self._forward(index).to("cpu")
             self._replay.forget_batch()
-            if not bool(torch.isfinite(output).all()):
+            if not all_finite(output):
                 raise NumericsError(
                     f"{self.names[self.position]} of {self.artifact.name} computes values "
                     f"that are not finite in {str(self.dtype).removeprefix('torch.')}",

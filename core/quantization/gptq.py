@@ -10,8 +10,10 @@ from torch import Tensor
 
 from infopt.core.compression.factor import inverse_factor
 from infopt.core.formats.number import IntegerFormat, QuantizedWeight
+from infopt.core.hardware.native import find_native
 from infopt.core.quantization.grid import Grid, make_grid
 from infopt.core.quantization.nearest import as_quantized, held_zeros, quantize_nearest
+from infopt.kernels.cpu.solve import gptq_columns, gptq_columns_reference
 
 _BLOCK = 128
 _LEAF = 16
@@ -100,26 +102,27 @@ class _Solver:
     held: Tensor | None = None
     """Where weights are 0 and stay so."""
 
-    def quantize(self, start: int, grids: list[Grid]) -> Tensor:
-        """Round the columns from `start` on, one for each of `grids`; correct all behind them."""
-        stop = start + len(grids)
-        current = self.columns[start:stop]
+    def quantize(self, start: int, grid: Grid, groups: Tensor) -> Tensor:
+        """Round the columns from `start` on; correct all behind them; returns codes [B, N].
+
+        grid: scales and zeros [G, N]; groups: int64 [B], whose each column is.
+        """
+        stop = start + len(groups)
         block = _Block(
-            current,
+            self.columns[start:stop],
             self.factor[start:stop, start:stop],
             None if self.shift is None else self.shift[start:stop, start:stop],
-            torch.empty_like(current),
-            torch.empty_like(current),
-            grids,
-            self.number_format,
             None if self.held is None else self.held[start:stop],
+            grid,
+            groups,
+            self.number_format.max_code,
         )
-        block.solve(0, len(grids))
+        codes, errors = block.solve()
         behind = self.columns[stop:]
-        behind.addmm_(self.factor[start:stop, stop:].T, block.errors, alpha=-1)
+        behind.addmm_(self.factor[start:stop, stop:].T, errors, alpha=-1)
         if self.shift is not None:
-            behind.addmm_(self.shift[start:stop, stop:].T, current)
-        return block.codes
+            behind.addmm_(self.shift[start:stop, stop:].T, block.columns)
+        return codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,53 +132,53 @@ class _Block:
     columns: Tensor
     factor: Tensor
     shift: Tensor | None
-    codes: Tensor
-    errors: Tensor
-    grids: list[Grid]
-    number_format: IntegerFormat
     held: Tensor | None
+    grid: Grid
+    groups: Tensor
+    max_code: int
 
-    def solve(self, first: int, last: int) -> None:
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """Codes and errors [B, N]; the columns become what was rounded."""
+        native = find_native("auto") if self.columns.device.type == "cpu" else None
+        if native is not None:
+            scales, zeros = self.grid.scale, self.grid.zero
+            given = (native, self.columns, self.factor, scales, zeros, self.groups, self.max_code)
+            return gptq_columns(*given, shift=self.shift, held=self.held)
+        codes, errors = torch.empty_like(self.columns), torch.empty_like(self.columns)
+        self._solve_part(codes, errors, 0, len(codes))
+        return codes, errors
+
+    def _solve_part(self, codes: Tensor, errors: Tensor, first: int, last: int) -> None:
         """Half by half: corrections between the halves are one product, not many rank-one ones."""
         if last - first <= _LEAF:
-            self._solve_leaf(first, last)
+            part, groups = slice(first, last), self.groups[first:last]
+            codes[part], errors[part] = gptq_columns_reference(
+                self.columns[part],
+                self.factor[part, part],
+                self.grid.scale[groups],
+                self.grid.zero[groups],
+                self.max_code,
+                shift=None if self.shift is None else self.shift[part, part],
+                held=None if self.held is None else self.held[part],
+            )
             return
         middle = first + (last - first + 1) // 2
-        self.solve(first, middle)
+        self._solve_part(codes, errors, first, middle)
         behind = self.columns[middle:last]
-        behind.addmm_(self.factor[first:middle, middle:last].T, self.errors[first:middle], alpha=-1)
+        behind.addmm_(self.factor[first:middle, middle:last].T, errors[first:middle], alpha=-1)
         if self.shift is not None:
             behind.addmm_(self.shift[first:middle, middle:last].T, self.columns[first:middle])
-        self.solve(middle, last)
-
-    def _solve_leaf(self, first: int, last: int) -> None:
-        """Column by column; written into the given memory, since here calls are what costs."""
-        columns, codes, errors = (
-            part[first:last].unbind(0) for part in (self.columns, self.codes, self.errors)
-        )
-        diagonal = self.factor.diagonal()[first:last].tolist()
-        for index, grid in enumerate(self.grids[first:last]):
-            column, code, error, at = columns[index], codes[index], errors[index], first + index
-            torch.div(column, grid.scale, out=code)
-            code.round_().add_(grid.zero).clamp_(0.0, self.number_format.max_code)
-            if self.held is not None:
-                torch.where(self.held[at], grid.zero, code, out=code)
-            torch.sub(code, grid.zero, out=error)
-            torch.addcmul(column, error, grid.scale, value=-1, out=error).div_(diagonal[index])
-            behind = self.columns[at + 1 : last]
-            behind.addr_(self.factor[at, at + 1 : last], error, alpha=-1)
-            if self.shift is not None:
-                behind.addr_(self.shift[at, at + 1 : last], column)
+        self._solve_part(codes, errors, middle, last)
 
 
 def _sweep_static(solver: _Solver, block: int, grid: Grid, order: Tensor) -> Tensor:
     """Codes [K, N] in the original order; the solver's columns are in the order given."""
-    group = (order // (order.numel() // grid.scale.shape[1])).tolist()
-    grids = [Grid(*pair) for pair in zip(grid.scale.T.contiguous(), grid.zero.T, strict=True)]
+    groups = order // (order.numel() // grid.scale.shape[1])
+    lying = Grid(grid.scale.T.contiguous(), grid.zero.T.contiguous())
     codes = torch.empty_like(solver.columns)
-    for start in range(0, len(group), block):
-        stop = min(start + block, len(group))
-        codes[order[start:stop]] = solver.quantize(start, [grids[g] for g in group[start:stop]])
+    for start in range(0, len(order), block):
+        part = slice(start, start + block)
+        codes[order[part]] = solver.quantize(start, lying, groups[part])
     return codes
 
 
@@ -192,9 +195,11 @@ def _sweep_dynamic(solver: _Solver, block: int, mse: bool) -> tuple[Tensor, Grid
     for first in range(0, total, size):
         group = solver.columns[first : first + size].T
         made.append(make_grid(group, solver.number_format, mse=mse))
+        lying = Grid(made[-1].scale[None], made[-1].zero[None])
         for start in range(first, first + size, block):
             count = min(block, first + size - start)
-            codes[start : start + count] = solver.quantize(start, [made[-1]] * count)
+            groups = torch.zeros(count, dtype=torch.int64, device=codes.device)
+            codes[start : start + count] = solver.quantize(start, lying, groups)
     scale, zero = (
         torch.stack(parts, dim=1) for parts in ([g.scale for g in made], [g.zero for g in made])
     )

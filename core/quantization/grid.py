@@ -8,6 +8,8 @@ from torch import Tensor
 from infopt.core.errors import NumericsError
 from infopt.core.formats.exact import round_up
 from infopt.core.formats.number import IntegerFormat
+from infopt.core.hardware.native import find_native
+from infopt.kernels.cpu.solve import grid_errors, grid_errors_reference
 
 _SMALLEST = 2.0**-24
 _LARGEST = 65280.0
@@ -37,19 +39,22 @@ def make_grid(weights: Tensor, number_format: IntegerFormat, *, mse: bool) -> Gr
     clips the largest weights for finer steps. Raises NumericsError for weights beyond what a
     float16 scale reaches.
     """
-    grid = range_grid(weights, number_format, 1.0)
     if not mse:
-        return grid
-    least = _squared_error(weights, grid, number_format)
-    for shrink in _SHRINKS:
-        other = range_grid(weights, number_format, shrink)
-        error = _squared_error(weights, other, number_format)
-        better = error < least
-        least = torch.where(better, error, least)
-        grid = Grid(
-            torch.where(better, other.scale, grid.scale), torch.where(better, other.zero, grid.zero)
-        )
-    return grid
+        return range_grid(weights, number_format, 1.0)
+    extremes = _extremes(weights)
+    grids = [_spanning(*extremes, number_format, share) for share in (1.0, *_SHRINKS)]
+    scales = torch.stack([grid.scale for grid in grids])
+    zeros = torch.stack([grid.zero for grid in grids])
+    best = _errors(weights, scales, zeros, number_format.max_code).argmin(dim=0, keepdim=True)
+    return Grid(scales.gather(0, best)[0], zeros.gather(0, best)[0])
+
+
+def _errors(weights: Tensor, scales: Tensor, zeros: Tensor, max_code: int) -> Tensor:
+    """Squared errors [C, ...] of weights [..., columns] on grids [C, ...]."""
+    native = find_native("auto") if weights.device.type == "cpu" else None
+    if native is None:
+        return grid_errors_reference(weights, scales, zeros, max_code)
+    return grid_errors(native, weights.float().contiguous(), scales, zeros, max_code)
 
 
 def round_to_grid(weights: Tensor, grid: Grid, max_code: int) -> Tensor:
@@ -63,9 +68,19 @@ def range_grid(weights: Tensor, number_format: IntegerFormat, share: float | Ten
     Symmetric: scale 2 max|w| / (2^bits - 1), zero 2^(bits-1). Asymmetric: the range includes 0,
     which is on the grid exactly, and zero is at least 1, since GPTQ v1 cannot store 0.
     """
+    return _spanning(*_extremes(weights), number_format, share)
+
+
+def _extremes(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest of weights [..., columns], and 0: [...] each."""
+    return weights.amin(dim=-1).clamp(max=0.0), weights.amax(dim=-1).clamp(min=0.0)
+
+
+def _spanning(
+    low: Tensor, high: Tensor, number_format: IntegerFormat, share: float | Tensor
+) -> Grid:
     top = float(number_format.max_code)
-    low = weights.amin(dim=-1).clamp(max=0.0) * share
-    high = weights.amax(dim=-1).clamp(min=0.0) * share
+    low, high = low * share, high * share
     if number_format.symmetric:
         scale = storable(2 * torch.maximum(-low, high) / top, number_format)
         return Grid(scale, torch.full_like(scale, number_format.middle))
@@ -75,12 +90,6 @@ def range_grid(weights: Tensor, number_format: IntegerFormat, share: float | Ten
     wider = storable(torch.maximum(high / (top - 1), -low), number_format)
     scale = torch.where(zero < 1, wider, scale)
     return Grid(scale, torch.round(-low / scale).clamp(1.0, top))
-
-
-def _squared_error(weights: Tensor, grid: Grid, number_format: IntegerFormat) -> Tensor:
-    each = grid.each()
-    codes = round_to_grid(weights, each, number_format.max_code)
-    return codes.sub_(each.zero).mul_(each.scale).sub_(weights).square_().sum(dim=-1)
 
 
 def storable(scale: Tensor, number_format: IntegerFormat) -> Tensor:

@@ -16,6 +16,7 @@ from infopt.core.compression.calibration import (
     unread_settings,
 )
 from infopt.core.compression.checkpoint import open_checkpoint
+from infopt.core.compression.finite import all_finite
 from infopt.core.compression.output import publish
 from infopt.core.errors import GateError, NumericsError
 from infopt.core.files import check_output
@@ -141,7 +142,7 @@ def _check_weights(job: Job, progress: ProgressCallback) -> None:
     for index, name in enumerate(names):
         progress(Progress("checking weights", index, len(names)))
         tensor = job.artifact.tensor(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise NumericsError(
                 f"{job.artifact.files[name]}: tensor {name!r} has values that are not finite",
                 "the checkpoint is broken; nothing was written",

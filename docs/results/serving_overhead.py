@@ -1,9 +1,10 @@
 """What the API adds: the same load on the engine in process and through the server, in turns.
 
     python docs/results/serving_overhead.py [--rounds 3] [--model DIR] [--threads 1]
+        [--concurrency 1 8]
 
-Each turn is an `infopt bench` of its own (closed loop, 8 requests in flight); both engines have the
-same threads. Printed are the medians over the rounds: added TTFT, and tokens/s over those in
+Each turn is an `infopt bench` of its own (closed loop, 1 and 8 in flight); both engines have
+the same threads. Printed are the medians over the rounds: added TTFT, and tokens/s over those in
 process.
 """
 
@@ -21,9 +22,9 @@ from typing import Any
 INFOPT = str(Path(sys.executable).parent / "infopt")
 
 
-def bench(target: list[str], given: argparse.Namespace) -> dict[str, Any]:
+def bench(target: list[str], given: argparse.Namespace, concurrency: int) -> dict[str, Any]:
     """One run of the load; its report."""
-    load = ["--requests", given.requests, "--concurrency", given.concurrency, "--warmup", 1]
+    load = ["--requests", given.requests, "--concurrency", concurrency, "--warmup", 1]
     load += ["--prompt-tokens", 128, "--output-tokens", 64, "--json", "-", "--quiet"]
     done = subprocess.run(
         [INFOPT, "bench", *target, *map(str, load)], capture_output=True, text=True, check=True
@@ -37,32 +38,40 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", default="default")
     parser.add_argument("--requests", type=int, default=16)
-    parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(given.threads)
-    found: dict[str, list[dict[str, Any]]] = {"in process": [], "served": []}
     with tempfile.NamedTemporaryFile("w+") as log:
         words = [INFOPT, "serve", given.model, "--port", "0", "--no-prefix-caching"]
         server = subprocess.Popen(words, stdout=log, stderr=log)
         try:
             url = url_of(Path(log.name))
-            for _ in range(given.rounds):
-                found["in process"].append(bench([given.model, "--no-prefix-caching"], given))
-                found["served"].append(bench(["--url", url], given))
+            for concurrency in given.concurrency:
+                compare(url, given, concurrency)
         finally:
             server.terminate()
             server.wait(60)
+
+
+def compare(url: str, given: argparse.Namespace, concurrency: int) -> None:
+    """Both ways in turns, and what the one is over the other."""
+    found: dict[str, list[dict[str, Any]]] = {"in process": [], "served": []}
+    for _ in range(given.rounds):
+        here = [given.model, "--no-prefix-caching"]
+        found["in process"].append(bench(here, given, concurrency))
+        found["served"].append(bench(["--url", url], given, concurrency))
     for name, runs in found.items():
-        print(json.dumps({"target": name, **summary(runs)}))
-    here, served = (summary(found[name]) for name in ("in process", "served"))
+        print(json.dumps({"concurrency": concurrency, "target": name, **summary(runs)}))
+    here_told, served = (summary(found[name]) for name in ("in process", "served"))
     told = {
-        "added_ttft_p50_s": served["ttft_p50_s"] - here["ttft_p50_s"],
-        "ttft_p50_ratio": served["ttft_p50_s"] / here["ttft_p50_s"],
-        "tpot_p50_ratio": served["tpot_p50_s"] / here["tpot_p50_s"],
-        "tokens_per_s_ratio": served["tokens_per_s"] / here["tokens_per_s"],
+        "concurrency": concurrency,
+        "added_ttft_p50_s": served["ttft_p50_s"] - here_told["ttft_p50_s"],
+        "ttft_p50_ratio": served["ttft_p50_s"] / here_told["ttft_p50_s"],
+        "tpot_p50_ratio": served["tpot_p50_s"] / here_told["tpot_p50_s"],
+        "tokens_per_s_ratio": served["tokens_per_s"] / here_told["tokens_per_s"],
     }
-    print(json.dumps(told))
+    print(json.dumps(told), flush=True)
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, float]:

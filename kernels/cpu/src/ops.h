@@ -30,6 +30,7 @@ enum Type : std::int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
     extern const Entry dense_ops[];  \
     extern const Entry groups_ops[]; \
     extern const Entry int8_ops[];   \
+    extern const Entry solve_ops[];  \
     }
 
 INFOPT_TABLES(portable)

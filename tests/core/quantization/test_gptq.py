@@ -204,3 +204,20 @@ def test_the_zeros_of_a_pruned_weight_stay(act_order: bool, symmetric: bool) -> 
     nearest = quantize_nearest(weight, form, group_grids(weight, form, mse=True)).dequantize()
     losses = [float(((weight - q) @ hessian * (weight - q)).sum()) for q in (kept, nearest)]
     assert losses[0] < losses[1]
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("drifts", [False, True], ids=["", "drift"])
+def test_native_columns_are_those_of_torch(
+    monkeypatch: pytest.MonkeyPatch, act_order: bool, drifts: bool
+) -> None:
+    weight, hessian = layer()
+    drift = 0.05 * torch.randn(hessian.shape, generator=torch.Generator().manual_seed(1))
+    how = {"act_order": act_order, "drift": drift if drifts else None}
+    native = run(weight, hessian, IntegerFormat(4, True, 64), **how).weight
+    monkeypatch.setenv("INFOPT_KERNELS", "torch")
+    torchs = run(weight, hessian, IntegerFormat(4, True, 64), **how).weight
+    # Sums in another order put a few codes on the other side of an edge.
+    assert float((native.codes == torchs.codes).float().mean()) > 0.99
+    errors = [relative_error(weight, one.dequantize(), hessian) for one in (native, torchs)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.01)
