@@ -13,7 +13,7 @@ from setuptools.command.build_ext import build_ext
 SOURCES = Path(__file__).resolve().parent / "kernels" / "cpu" / "src"
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 # GCC 12 takes its own headers' undefined vectors for mistakes.
-COMMON.append("-Wno-maybe-uninitialized")
+COMMON += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 X86 = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": [
@@ -21,6 +21,7 @@ X86 = {
         "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512",
     ],
 }  # fmt: skip
+X86["amx"] = [*X86["avx512"], "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 
 
 class BuildNative(build_ext):

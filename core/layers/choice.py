@@ -177,7 +177,9 @@ def native_choice(
 
     A deterministic engine never depends on what was measured. Raises as `find_native`.
     """
-    if device.type != "cpu" or dtype not in _DTYPES or (native := find_native(word)) is None:
+    if device.type != "cpu" or dtype not in _DTYPES:
+        return None
+    if (native := find_native(word, invariant=deterministic)) is None:
         return None
     if wanted_kernels(word) == "native" or deterministic:
         return NativeChoice(native, dtype, None)

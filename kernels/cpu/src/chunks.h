@@ -142,10 +142,13 @@ static inline void weigh_tile(const AttendArgs& a, int64_t position, int64_t fro
         store(scores + v * W, e);
         total += e;
     }
+    if (!(*most > before)) {
+        *weight += sum(total);
+        return;
+    }
     const float faded = before == -INFINITY ? 0.0f : exponential(splat(before - *most))[0];
     *weight = *weight * faded + sum(total);
-    if (*most > before)
-        for (int64_t i = 0; i < stride; i += W) store(out + i, load<vf>(out + i) * faded);
+    for (int64_t i = 0; i < stride; i += W) store(out + i, load<vf>(out + i) * faded);
 }
 
 template <class Kv>

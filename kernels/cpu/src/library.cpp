@@ -1,4 +1,12 @@
-// The C interface. INFOPT_HAS_AVX2 and INFOPT_HAS_AVX512 say for which sets ops were compiled.
+// The C interface. INFOPT_HAS_AVX2, _AVX512 and _AMX say for which sets ops were compiled.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 #include <cstring>
 
 #include "ops.h"
@@ -10,28 +18,46 @@ namespace {
 
 using infopt::Entry;
 
-// By number: 0 portable, 1 avx2, 2 avx512.
-const Entry* const portable_tables[] = {infopt::portable::ground_ops, infopt::portable::dense_ops,
-    infopt::portable::groups_ops, infopt::portable::int8_ops,
-    infopt::portable::elementwise_ops, infopt::portable::attention_ops, infopt::portable::unpacked_ops,
-    infopt::portable::solve_ops, nullptr};
+// By number: 0 portable, 1 avx2, 2 avx512, 3 amx.
+#define INFOPT_TABLES_OF(isa)                                                                    \
+    const Entry* const isa##_tables[] = {                                                        \
+        infopt::isa::ground_ops, infopt::isa::dense_ops, infopt::isa::groups_ops,                \
+        infopt::isa::int8_ops, infopt::isa::elementwise_ops, infopt::isa::attention_ops,         \
+        infopt::isa::unpacked_ops, infopt::isa::solve_ops, nullptr}
+#define INFOPT_NO_TABLES_OF(isa) const Entry* const isa##_tables[] = {nullptr}
+
+INFOPT_TABLES_OF(portable);
 #ifdef INFOPT_HAS_AVX2
-const Entry* const avx2_tables[] = {infopt::avx2::ground_ops, infopt::avx2::dense_ops,
-    infopt::avx2::groups_ops, infopt::avx2::int8_ops,
-    infopt::avx2::elementwise_ops, infopt::avx2::attention_ops, infopt::avx2::unpacked_ops,
-    infopt::avx2::solve_ops, nullptr};
+INFOPT_TABLES_OF(avx2);
 #else
-const Entry* const avx2_tables[] = {nullptr};
+INFOPT_NO_TABLES_OF(avx2);
 #endif
 #ifdef INFOPT_HAS_AVX512
-const Entry* const avx512_tables[] = {infopt::avx512::ground_ops, infopt::avx512::dense_ops,
-    infopt::avx512::groups_ops, infopt::avx512::int8_ops,
-    infopt::avx512::elementwise_ops, infopt::avx512::attention_ops, infopt::avx512::unpacked_ops,
-    infopt::avx512::solve_ops, nullptr};
+INFOPT_TABLES_OF(avx512);
 #else
-const Entry* const avx512_tables[] = {nullptr};
+INFOPT_NO_TABLES_OF(avx512);
 #endif
-const Entry* const* const tables[] = {portable_tables, avx2_tables, avx512_tables};
+#ifdef INFOPT_HAS_AMX
+INFOPT_TABLES_OF(amx);
+#else
+INFOPT_NO_TABLES_OF(amx);
+#endif
+constexpr int kSets = 4;
+const Entry* const* const tables[kSets] = {portable_tables, avx2_tables, avx512_tables, amx_tables};
+
+// Tiles are so large that Linux gives them only to a process that asks.
+bool has_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+    constexpr unsigned int kTile = 1u << 24, kInt8 = 1u << 25, kBFloat16 = 1u << 22;
+    constexpr unsigned int kAll = kTile | kInt8 | kBFloat16;
+    unsigned int a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
+    constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+    return false;
+#endif
+}
 
 bool cpu_has(int isa) {
     if (isa == 0) return true;
@@ -42,6 +68,7 @@ bool cpu_has(int isa) {
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+    if (isa == 3) return cpu_has(2) && has_tiles();
 #endif
     return false;
 }
@@ -51,19 +78,19 @@ bool cpu_has(int isa) {
 // Bit i: whether set i was compiled in (`infopt_compiled`), and this CPU has it (`infopt_usable`).
 INFOPT_API int infopt_compiled() {
     int found = 0;
-    for (int isa = 0; isa < 3; ++isa) found |= (tables[isa][0] != nullptr) << isa;
+    for (int isa = 0; isa < kSets; ++isa) found |= (tables[isa][0] != nullptr) << isa;
     return found;
 }
 
 INFOPT_API int infopt_usable() {
     int found = 0;
-    for (int isa = 0; isa < 3; ++isa) found |= cpu_has(isa) << isa;
+    for (int isa = 0; isa < kSets; ++isa) found |= cpu_has(isa) << isa;
     return found & infopt_compiled();
 }
 
 // The op of that name for a set; null where there is none whose arguments are of that size.
 INFOPT_API infopt::Op infopt_op(int isa, const char* name, std::int64_t args_size) {
-    if (isa < 0 || isa > 2) return nullptr;
+    if (isa < 0 || isa >= kSets) return nullptr;
     for (const Entry* const* table = tables[isa]; *table != nullptr; ++table)
         for (const Entry* entry = *table; entry->name != nullptr; ++entry)
             if (std::strcmp(entry->name, name) == 0)

@@ -121,9 +121,22 @@ struct BFloat16 {
     }
 };
 
+// The same of a panel that is full, in float32: what nearly all are.
+template <class Args>
+static inline void put_whole(const Args& args, std::int64_t row, std::int64_t at, const vf* sums) {
+    float* y = static_cast<float*>(args.y) + row * args.y_stride + at;
+    for (int v = 0; v < kVectors; ++v) {
+        vf value = sums[v];
+        if (args.bias != nullptr) value += load<vf>(args.bias + at + v * kLanes);
+        if (args.adds != 0) value += load<vf>(y + v * kLanes);
+        store(y + v * kLanes, value);
+    }
+}
+
 // Writes one row's outputs of a panel, from output `at` on.
 template <class Args>
 static inline void put(const Args& args, std::int64_t row, std::int64_t at, const vf* sums) {
+    if (args.n - at >= kPanel && args.y_type == kFloat32) return put_whole(args, row, at, sums);
     alignas(64) float values[kPanel];
     const std::int64_t count = args.n - at < kPanel ? args.n - at : kPanel;
     for (int v = 0; v < kVectors; ++v) store(values + v * kLanes, sums[v]);

@@ -27,6 +27,9 @@ static inline vf larger(vf a, vf b) { return select(a > b, a, b); }
 
 // In a tree, whose shape depends on W alone.
 static inline float sum(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);  // the same tree
+#endif
     float held[W];
     store(held, v);
     for (int half = W / 2; half; half /= 2)
@@ -35,6 +38,9 @@ static inline float sum(vf v) {
 }
 
 static inline float largest(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#endif
     float found = v[0];
     for (int i = 1; i < W; i++) found = v[i] > found ? v[i] : found;
     return found;
@@ -43,8 +49,14 @@ static inline float largest(vf v) {
 // exp(x) within 2 units of the last place from -87.3 to 88; beyond, the value at the border, so
 // never 0 and never infinite. What is not a number stays so.
 static inline vf exponential(vf x) {
+#if defined(__AVX512F__)
+    // Of a number and none these return the second.
+    x = (vf)_mm512_max_ps((__m512)splat(-87.3f), (__m512)x);
+    x = (vf)_mm512_min_ps((__m512)splat(88.0f), (__m512)x);
+#else
     x = select(x < splat(-87.3f), splat(-87.3f), x);
     x = select(x > splat(88.0f), splat(88.0f), x);
+#endif
     // Adding 1.5 * 2^23 rounds to an integer, which is then in the lowest bits.
     const vf shift = splat(12582912.0f);
     vf shifted = x * 1.44269504f + shift;

@@ -3,6 +3,7 @@
 // A query's context is cut into pieces, whose results are put together by whoever finishes the
 // last of them: so threads share one long request. How it is cut depends on the context alone.
 #include "../step.h"
+#include "../tiles.h"
 #include "../wide.h"
 
 namespace infopt {
@@ -140,6 +141,7 @@ static void join(const AttendArgs &a, int64_t row, int64_t kv, const float* part
 }
 
 #include "../chunks.h"
+#include "../chunk_pairs.h"
 
 // The rows of one request that stand behind one another: taken in chunks, or, where they are few,
 // each by itself, in at most so many pieces.
@@ -200,7 +202,14 @@ static void attend_rows(const AttendArgs& a, int64_t part, int64_t parts) {
             const int64_t at = i - item, kv = at % a.kv_heads, rest = at / a.kv_heads;
             if (rows.chunk) {
                 const int64_t begin = rows.begin + rest * rows.chunk, stop = begin + rows.chunk;
-                attend_chunk<Kv>(a, {begin, stop < rows.end ? stop : rows.end, kv});
+                const Chunk chunk{begin, stop < rows.end ? stop : rows.end, kv};
+#if defined(__AVX512BF16__)
+                if constexpr (sizeof(typename Kv::T) == 2) {
+                    attend_pairs(a, chunk);
+                    continue;
+                }
+#endif
+                attend_chunk<Kv>(a, chunk);
                 continue;
             }
             attend_item<Kv>(a, rows.begin + rest % count, alone + rest % count, rest / count, kv,

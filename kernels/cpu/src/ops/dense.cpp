@@ -8,6 +8,7 @@ namespace INFOPT_ISA {
 struct DenseFloat32 : Float32 {
     using Vector = vf;
     static constexpr std::int64_t kInputs = 1;
+    static constexpr bool kTiled = false;
 
     template <int R, int V>
     static inline void add(vf (&sums)[R][V], const char* w, const RowAddresses<R>& x, std::int64_t offset) {
@@ -28,6 +29,10 @@ struct DenseFloat32 : Float32 {
 struct DenseBFloat16 : BFloat16 {
     using Vector = vf;
     static constexpr std::int64_t kInputs = 2;
+    static constexpr bool kTiled = true;
+#if defined(__AMX_TILE__)
+    using Kind = TilesOfBFloat16;
+#endif
 
     template <int R, int V>
     static inline void add(vf (&sums)[R][V], const char* w, const RowAddresses<R>& x, std::int64_t offset) {

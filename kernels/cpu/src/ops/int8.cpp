@@ -7,6 +7,10 @@ namespace INFOPT_ISA {
 struct Integers {
     using Vector = vi;
     static constexpr std::int64_t kInputs = 4;
+    static constexpr bool kTiled = true;
+#if defined(__AMX_TILE__)
+    using Kind = TilesOfIntegers;
+#endif
 
     template <int R, int V>
     static inline void add(vi (&sums)[R][V], const char* w, const RowAddresses<R>& x, std::int64_t offset) {
@@ -56,11 +60,15 @@ struct Integers {
 
     static inline void finish(const Int8Args& args, std::int64_t row, std::int64_t at, const vi* sums) {
         // An output's own numbers end where the outputs do.
-        alignas(64) std::int32_t ends[kPanel] = {};
-        alignas(64) float scales[kPanel] = {};
-        const std::int64_t count = args.n - at < kPanel ? args.n - at : kPanel;
-        std::memcpy(ends, args.ends + at, sizeof(std::int32_t) * count);
-        std::memcpy(scales, args.scales + at, sizeof(float) * count);
+        alignas(64) std::int32_t some_ends[kPanel] = {};
+        alignas(64) float some_scales[kPanel] = {};
+        const std::int32_t* ends = args.ends + at;
+        const float* scales = args.scales + at;
+        if (args.n - at < kPanel) {
+            std::memcpy(some_ends, ends, sizeof(std::int32_t) * (args.n - at));
+            std::memcpy(some_scales, scales, sizeof(float) * (args.n - at));
+            ends = some_ends, scales = some_scales;
+        }
         vf values[kVectors];
         for (int v = 0; v < kVectors; ++v) {
             const vi whole = sums[v] - load<vi>(ends + v * kLanes);
