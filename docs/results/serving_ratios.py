@@ -32,11 +32,11 @@ from infopt.core.artifact.locate import locate  # noqa: E402
 from infopt.core.evaluation.divergence import divergence  # noqa: E402
 from infopt.core.evaluation.perplexity import token_nll  # noqa: E402
 from infopt.core.models.hf import load_transformers  # noqa: E402
-from infopt.core.models.load import load_decoder  # noqa: E402
 from infopt.core.recipe.serve import EngineSettings  # noqa: E402
 from infopt.core.runtime.batch import Span, step_inputs  # noqa: E402
 from infopt.core.runtime.engine import Engine  # noqa: E402
 from infopt.core.runtime.kv_cache import KVCache, block_bytes  # noqa: E402
+from infopt.core.runtime.loaded import load_for  # noqa: E402
 from infopt.core.runtime.model_runner import ModelRunner  # noqa: E402
 from infopt.core.runtime.request import SamplingParams  # noqa: E402
 from infopt.core.text.sources import evaluation_text  # noqa: E402
@@ -71,7 +71,8 @@ class Bench:
     def __init__(self, dtype: str, scale: float) -> None:
         self.artifact = locate(None)
         self.dtype: torch.dtype = getattr(torch, dtype)
-        self.decoder = load_decoder(self.artifact, self.dtype, torch.device("cpu"))
+        settings = EngineSettings(device="cpu", dtype=dtype)
+        self.decoder = load_for(settings, self.artifact, self.dtype, torch.device("cpu"))
         self.scale = scale
         self._reference: Any = None
 
@@ -109,7 +110,7 @@ class Bench:
             device=torch.device("cpu"),
         )
         return Engine(
-            ModelRunner(self.decoder, cache),
+            ModelRunner.recorded("auto", self.decoder, cache),
             settings=EngineSettings(block_size=BLOCK, **settings),
             max_model_len=min(config.max_positions, blocks * BLOCK),
             eos_token_ids=frozenset(),

@@ -19,16 +19,20 @@ constexpr int kMost = 4;
 // How far ahead weights are fetched, in bytes.
 constexpr std::int64_t kAhead = 8192;
 // Rows, and bytes of them, that stay in the second-level cache while panel after panel meets them.
-constexpr std::int64_t kBlockRows = 20 * kMost;
-constexpr std::int64_t kBlockBytes = 512 * 1024;
+// Tiles are so fast that weights, read again for each block, would be waited for: larger blocks.
+#if defined(__AMX_TILE__)
+constexpr std::int64_t kGrain = 32, kBlockRows = 8 * kGrain, kBlockBytes = 1536 * 1024;
+#else
+constexpr std::int64_t kGrain = kMost, kBlockRows = 20 * kGrain, kBlockBytes = 512 * 1024;
+#endif
 
 // Calls body(panel, first row, rows) for the share of blocks of rows and panels; a row has
 // `row_bytes` bytes of inputs.
 template <class Body>
 static inline void for_panels(std::int64_t m, std::int64_t n, std::int64_t row_bytes,
                               std::int64_t part, std::int64_t parts, Body body) {
-    std::int64_t size = kBlockBytes / row_bytes / kMost * kMost;
-    size = size < 4 * kMost ? 4 * kMost : size > kBlockRows ? kBlockRows : size;
+    std::int64_t size = kBlockBytes / row_bytes / kGrain * kGrain;
+    size = size < 4 * kGrain ? 4 * kGrain : size > kBlockRows ? kBlockRows : size;
     const std::int64_t panels = (n + kPanel - 1) / kPanel;
     const std::int64_t blocks = (m + size - 1) / size;
     const Share share(blocks * panels, 1, part, parts);
