@@ -111,13 +111,14 @@ class CardFp8:
         if form is None:
             y = fp8_linear(self.card, rows, self.weight, self.bias, fixed=self.fixed)
         else:
-            codes, scales = self._rounded(rows, form)
+            codes, scales = self.rounded(rows, form)
             y = fp8_rounded_linear(
                 self.card, codes, scales, self.weight, self.bias, x.dtype, fixed=self.fixed
             )
         return y.view(*x.shape[:-1], -1)
 
-    def _rounded(self, rows: Tensor, form: ActivationFormat) -> tuple[Tensor, Tensor]:
+    def rounded(self, rows: Tensor, form: ActivationFormat) -> tuple[Tensor, Tensor]:
+        """The codes of x [M, K], and their scales, by row or by 128 of a row."""
         to = Rounding(torch.float8_e4m3fn, form.largest)
         if form.strategy != "group":
             return round_rows(self.card, rows, to, None if form.dynamic else self.input_scale)
