@@ -52,7 +52,7 @@ class CardIntegers:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]"""
-        rows = _rows(x)
+        rows = as_rows(x)
         if self.columns is not None:
             rows = rows.index_select(1, self.columns)
         y = integer_linear(self.card, rows, self.weight, self.bias, fixed=self.fixed)
@@ -73,20 +73,34 @@ class CardInt8:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], in the dtype of x."""
-        linear, rows = self.linear, _rows(x)
+        linear, rows = self.linear, as_rows(x)
         form, threshold = linear.activation, linear.activation.outlier_threshold
         static = None if form.dynamic else linear.input_scale
         to = Rounding(torch.int8, form.largest, threshold)
         codes, row_scales = round_rows(self.card, rows, to, static)
-        weight, scales, bias = linear.codes, linear.scales, linear.bias
         if threshold is None:
-            y = int8_linear(self.card, codes, row_scales, weight, scales, bias, x.dtype)
+            y = self.product(codes, row_scales, x.dtype)
         else:
             y = int8_linear_with_outliers(
-                self.card, rows, threshold, codes, row_scales, weight, scales, bias,
-                fixed=linear.fixed,
+                self.card, rows, threshold, codes, row_scales, linear.codes, linear.scales,
+                linear.bias, fixed=linear.fixed,
             )  # fmt: skip
         return y.view(*x.shape[:-1], -1)
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """That of the inputs, where each row's is its own and of nothing but the row's values."""
+        form = self.linear.activation
+        if not form.dynamic or form.strategy != "token" or form.outlier_threshold is not None:
+            return None
+        return Rounding(torch.int8, form.largest)
+
+    def product(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of inputs that are rounded, codes [M, K] and scales [M] -> [M, N]."""
+        linear = self.linear
+        return int8_linear(
+            self.card, codes, scales, linear.codes, linear.scales, linear.bias, dtype
+        )
 
     @property
     def nbytes(self) -> int:
@@ -107,15 +121,26 @@ class CardFp8:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], in the dtype of x."""
-        rows, form = _rows(x), self.activation
+        rows, form = as_rows(x), self.activation
         if form is None:
             y = fp8_linear(self.card, rows, self.weight, self.bias, fixed=self.fixed)
         else:
-            codes, scales = self.rounded(rows, form)
-            y = fp8_rounded_linear(
-                self.card, codes, scales, self.weight, self.bias, x.dtype, fixed=self.fixed
-            )
+            y = self.product(*self.rounded(rows, form), x.dtype)
         return y.view(*x.shape[:-1], -1)
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """As that of `CardInt8`."""
+        form = self.activation
+        if form is None or not form.dynamic or form.strategy != "token":
+            return None
+        return Rounding(torch.float8_e4m3fn, form.largest)
+
+    def product(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of inputs that are rounded, codes [M, K] and scales [M] or [M, K / 128] -> [M, N]."""
+        return fp8_rounded_linear(
+            self.card, codes, scales, self.weight, self.bias, dtype, fixed=self.fixed
+        )
 
     def rounded(self, rows: Tensor, form: ActivationFormat) -> tuple[Tensor, Tensor]:
         """The codes of x [M, K], and their scales, by row or by 128 of a row."""
@@ -138,7 +163,7 @@ class CardNorm:
     norm: RMSNorm
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(self.card, _rows(x), self.norm.weight, self.norm.eps).view(x.shape)
+        return rms_norm(self.card, as_rows(x), self.norm.weight, self.norm.eps).view(x.shape)
 
     @property
     def nbytes(self) -> int:
@@ -256,7 +281,8 @@ def _rounded(card: Card, rounded: RoundedLinear) -> Projection:
     return replace(rounded, linear=linear)
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
+    """[..., K] -> [M, K], whose rows are contiguous."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
