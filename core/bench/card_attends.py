@@ -14,17 +14,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from infopt.core.bench.card_made import BF16, F8, UNIT, Made, Work, near
+from infopt.kernels.attention.scores import Scores
 from infopt.kernels.gpu.cache import decoded, fill_with_noise, new_cache
 from infopt.kernels.gpu.paged_attention import (
     Launch,
     Part,
-    Scores,
     Tree,
     paged_attention,
     reference,
 )
 from infopt.kernels.gpu.plan import plan_part
 from infopt.kernels.gpu.tile import Card
+from infopt.kernels.gpu.tree import plan_tree
 
 _BLOCK = 16
 _CHECKED = 32
@@ -127,17 +128,12 @@ class _Held:
 
 
 def _random_tree(case: Attends, device: torch.device) -> Tree:
-    """Each node's parent is one of those before it, or the root of its request."""
-    seen = torch.zeros(sum(case.lengths), max(case.lengths), dtype=torch.uint8)
-    positions, row = [], 0
-    for new, context in zip(case.lengths, case.contexts, strict=True):
-        for node in range(new):
-            if node:
-                seen[row + node] = seen[row + int(torch.randint(node, ()))]
-            seen[row + node, node] = 1
-            positions.append(context - new + int(seen[row + node].sum()) - 1)
-        row += new
-    return Tree(seen.to(device), torch.tensor(positions, dtype=torch.int32, device=device))
+    """Each node's parent is one of those before it, the first's the end of the context."""
+    parents = [
+        [int(torch.randint(node, ())) if node else -1 for node in range(new)]
+        for new in case.lengths
+    ]
+    return plan_tree(parents, case.contexts, device)
 
 
 def _error(case: Attends, held: _Held, part: Part) -> float:

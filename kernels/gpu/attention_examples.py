@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 
+from infopt.kernels.attention.scores import Scores
 from infopt.kernels.gpu.cache import fill_with_noise, new_cache
 from infopt.kernels.gpu.example import Example, Launch
 from infopt.kernels.gpu.paged_attention import (
     Launch as Chosen,
 )
-from infopt.kernels.gpu.paged_attention import Part, Scores, Tree, paged_attention
+from infopt.kernels.gpu.paged_attention import Part, Tree, paged_attention
 from infopt.kernels.gpu.plan import plan_part
 from infopt.kernels.gpu.tile import Card, Tile
 

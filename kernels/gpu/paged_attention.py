@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from infopt.kernels.attention.eight_bits import FP8
+from infopt.kernels.attention.scores import Scores
 from infopt.kernels.gpu.cache import decoded, layout_of
 from infopt.kernels.gpu.merge_splits import merge_splits
 from infopt.kernels.gpu.tile import Card, Key, Tile, power_of_two
@@ -19,17 +20,6 @@ from infopt.kernels.gpu.tile import Card, Key, Tile, power_of_two
 FIXED_SPLIT = 512
 """Keys that one program takes where results must not depend on the batch."""
 _LOG2E = 1.4426950408889634
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """What becomes of a query's products with the keys before the softmax."""
-
-    scale: float
-    window: int | None = None
-    """Tokens to look back on, itself included."""
-    cap: float | None = None
-    """Scores become cap * tanh(score / cap)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +44,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """Of a step whose requests guess: the queries of each are nodes of a tree."""
+    """Of a step whose requests guess: the queries of each are nodes of a tree.
+
+    `kernels.gpu.tree.plan_tree` makes it of each node's parent. A node sees all of the context
+    before its request's nodes, and of those the ones that are marked: its ancestors and itself.
+    """
 
     seen: Tensor
     """uint8 [T, width]: whether a query sees its request's j-th query; width >= any's number."""

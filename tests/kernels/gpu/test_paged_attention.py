@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from infopt.kernels.attention.eight_bits import encode
+from infopt.kernels.attention.scores import Scores
 from infopt.kernels.gpu import paged_attention as module
 from infopt.kernels.gpu.cache import layout_of, new_cache
-from infopt.kernels.gpu.paged_attention import FIXED_SPLIT, Part, Scores, Tree, reference
+from infopt.kernels.gpu.paged_attention import FIXED_SPLIT, Part, Tree, reference
 from infopt.kernels.gpu.plan import plan_part
 from infopt.kernels.gpu.tile import Card, Tile
 
