@@ -29,7 +29,13 @@ def kernels(
     ] = None,
     formats: Annotated[
         str | None,
-        typer.Option("--formats", metavar="LIST", help="Such as bfloat16.", show_default="all"),
+        typer.Option(
+            "--formats",
+            metavar="LIST",
+            help="Such as bfloat16; of a GPU also ops and attention, by how their names begin; "
+            "with --tune, kernels.",
+            show_default="all",
+        ),
     ] = None,
     threads: Annotated[
         int | None,
@@ -53,6 +59,8 @@ def kernels(
     Example: infopt bench kernels --rows 1,64 --json -
 
     Example: infopt bench kernels --device cuda --output kernels
+
+    Example: infopt bench kernels --tune --formats paged_attention
     """
     import sys
     import time
@@ -64,15 +72,16 @@ def kernels(
     from infopt.core.bench.kernels import ROWS, SHAPES, bench_kernels, kernels_right
     from infopt.core.reports.environment import making
 
+    names = [word.strip() for word in formats.split(",")] if formats else None
     if tune:
-        _tune(quiet)
+        _tune(quiet, names)
         return
     check_json_target(json)
     check_report_folder(output, replace=yes)
     settings: dict[str, Any] = {
         "rows": [_count(word) for word in rows.split(",")] if rows else ROWS,
         "shapes": [_shape(word) for word in shapes.split(",")] if shapes else SHAPES,
-        "formats": [word.strip() for word in formats.split(",")] if formats else None,
+        "formats": names,
         "threads": threads,
     }
     with Screen(quiet=quiet, json_on_stdout=json == "-") as screen:
@@ -96,13 +105,13 @@ def kernels(
     kernels_right(report)
 
 
-def _tune(quiet: bool) -> None:
+def _tune(quiet: bool, names: list[str] | None) -> None:
     from infopt.cli.screen import Screen
     from infopt.core.bench.tune_tiles import tune_tiles
     from infopt.core.hardware.card import store_tiles
 
     with Screen(quiet=quiet) as screen:
-        found = tune_tiles(screen.progress)
+        found = tune_tiles(screen.progress, names)
         screen.note(f"the tiles of {found.device} lie in {store_tiles(found)}")
 
 

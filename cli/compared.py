@@ -1,16 +1,25 @@
 """Comparisons, checks and kernels as people read them."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from infopt.core.reports.check import CheckedLimit, CheckReport
 from infopt.core.reports.compare import CompareReport
 from infopt.core.reports.compare_sections import change, figure_name, figure_value
-from infopt.core.reports.kernel_sections import HEADINGS, OP_HEADINGS, cells, op_cells
-from infopt.core.reports.kernels import KernelsReport
+from infopt.core.reports.kernel_sections import (
+    ATTENTION_HEADINGS,
+    HEADINGS,
+    OP_HEADINGS,
+    attention_cells,
+    cells,
+    op_cells,
+)
+from infopt.core.reports.kernels import KernelsReport, Raced
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+Row = TypeVar("Row", bound=Raced)
 _STYLES = {"worse": "red", "better": "green", "equivalent": "cyan"}
 
 
@@ -69,22 +78,29 @@ def _words(limit: CheckedLimit) -> str:
 
 
 def kernels_table(report: KernelsReport) -> "RenderableType":
-    from rich.table import Table
+    from rich.console import Group
 
     read = report.read_bytes_per_s / 1e9
     title = f"native kernels ({report.isa}, {report.threads} threads); reading {read:.1f} GB/s"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for number, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
-    for row in report.rows:
-        table.add_row(*cells(row), style="" if row.right else "red")
-    if not report.ops:
-        return table
-    from rich.console import Group
+    tables = [_raced(title, HEADINGS, report.rows, cells)]
+    if report.attention:
+        tables.append(_raced("attention", ATTENTION_HEADINGS, report.attention, attention_cells))
+    if report.ops:
+        tables.append(_raced("row by row", OP_HEADINGS, report.ops, op_cells))
+    return tables[0] if len(tables) == 1 else Group(*tables)
 
-    ops = Table(title="row by row", title_justify="left", box=None, pad_edge=False)
-    for number, heading in enumerate(OP_HEADINGS):
-        ops.add_column(heading, justify="right" if number else "left", no_wrap=True)
-    for op in report.ops:
-        ops.add_row(*op_cells(op), style="" if op.right else "red")
-    return Group(table, ops)
+
+def _raced(
+    title: str,
+    headings: Sequence[str],
+    rows: Sequence[Row],
+    words: Callable[[Row], tuple[str, ...]],
+) -> "RenderableType":
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*words(row), style="" if row.right else "red")
+    return table

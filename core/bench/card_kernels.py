@@ -1,151 +1,92 @@
-"""`infopt bench kernels` on a GPU: each op beside what the GPU reaches and what torch does.
-
-Inputs take turns, so many copies of them that the cache holds none when its turn comes again; a
-pass over all copies is one CUDA graph, timed by the timer that all measurements share. Kernels and
-torch's alternatives alternate, pass by pass.
-"""
+"""`infopt bench kernels` on a GPU: each op beside what the GPU reaches and what torch does."""
 
 import importlib.util
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from infopt.core.bench.card_made import Work
+from infopt.core.bench.card_race import Rig
 from infopt.core.errors import UnsupportedError, UsageError
 from infopt.core.hardware.card import card_of, compiler_versions
 from infopt.core.profiling.calibrate import measure_ceilings
 from infopt.core.profiling.captured import captured
 from infopt.core.profiling.timer import timed
 from infopt.core.progress import Progress, ProgressCallback
-from infopt.core.reports.kernels import KernelRow, KernelsReport, RowOpRow
-from infopt.kernels.gpu.tile import Card
+from infopt.core.reports.kernels import AttentionRow, KernelRow, KernelsReport, RowOpRow
 
 if TYPE_CHECKING:
-    from infopt.core.bench.card_forms import Made, Product, RowOp
+    from infopt.core.bench.card_attends import Attends
+    from infopt.core.bench.card_forms import Product
+    from infopt.core.bench.card_ops import RowOp
 
 ROWS = (1, 16, 64, 256, 2048)
 SHAPES = ((4096, 4096), (28672, 4096), (8192, 8192))
 """[outputs, inputs]"""
-BATCHES = (1, 32, 2048)
+BATCHES = (1, 32, 2048, 8192)
 """Rows of what is done row by row; of logits only as many as are chosen from at once."""
-_MOST_LOGITS = 256
-_PASSES = 9
-_MOST_COPIES = 64
-_SIDE = 8192
-Timer = Callable[[Callable[[], object]], float]
+_LOGITS = (1, 16, 64, 256)
+_VOCABULARY = 2**16
+_CALLS, _SIDE = 9, 8192
 
 
 def product_rows(
-    card: Card,
-    device: torch.device,
-    forms: Sequence["Product"],
-    rows: Sequence[int],
-    shapes: Sequence[tuple[int, int]],
-    *,
-    cache_bytes: int,
-    read: float,
-    flops: dict[str, float],
-    progress: ProgressCallback,
-    timer: Timer = timed,
+    rig: Rig, forms: Sequence["Product"], rows: Sequence[int], shapes: Sequence[tuple[int, int]]
 ) -> list[KernelRow]:
-    """`read` bytes and `flops` a second, by what is multiplied, are what this GPU reaches."""
+    """Every product with each number of rows and each shape."""
     found = []
     for number, form in enumerate(forms):
         for n, k in shapes:
-            progress(Progress("measure kernels", number, len(forms), f"{form.name} {n} x {k}"))
+            rig.progress(Progress("measure kernels", number, len(forms), f"{form.name} {n} x {k}"))
             for m in rows:
-                copies = _copies(
-                    lambda m=m, n=n, k=k, form=form: form.make(card, m, n, k, device),  # type: ignore[misc]
-                    cache_bytes,
-                )
-                seconds, torch_seconds, torch_kernel = _raced(copies, device, timer)
-                made, error = copies[0], _error(copies[0])
-                found.append(
-                    KernelRow(
-                        format=form.name, dtype="bfloat16", m=m, n=n, k=k, seconds=seconds,
-                        torch_seconds=torch_seconds, torch_kernel=torch_kernel,
-                        ratio=torch_seconds / seconds, bytes=made.nbytes,
-                        bytes_per_s=made.nbytes / seconds,
-                        of_bandwidth=made.nbytes / seconds / read,
-                        flops_per_s=made.flops / seconds,
-                        of_product=made.flops / seconds / flops[form.kind], error=error,
-                        tolerance=form.tolerance, right=error <= form.tolerance,
-                    )
-                )  # fmt: skip
+                make = partial(form.make, rig.card, m, n, k, rig.device)
+                name = f"{form.name} {m}x{n}x{k}"
+                figures = rig.race(name, make, form.tolerance, form.kind)
+                if figures is not None:
+                    row = KernelRow(format=form.name, dtype="bfloat16", m=m, n=n, k=k, **figures)
+                    found.append(row)
     return found
 
 
 def op_rows(
-    card: Card,
-    device: torch.device,
-    ops: Sequence["RowOp"],
-    batches: Sequence[int],
-    *,
-    cache_bytes: int,
-    read: float,
-    progress: ProgressCallback,
-    timer: Timer = timed,
+    rig: Rig, ops: Sequence["RowOp"], batches: Sequence[int] | None = None
 ) -> list[RowOpRow]:
     """The same of what is done row by row."""
     found = []
     for number, op in enumerate(ops):
-        progress(Progress("measure kernels", number, len(ops), op.name))
+        rig.progress(Progress("measure kernels", number, len(ops), op.name))
         for columns in op.columns:
-            fitting = [rows for rows in batches if columns < 2**16 or rows <= _MOST_LOGITS]
-            for rows in fitting:
-                copies = _copies(
-                    lambda op=op, rows=rows, columns=columns: op.make(card, rows, columns, device),  # type: ignore[misc]
-                    cache_bytes,
-                )
-                error = _error(copies[0])
-                seconds, torch_seconds, torch_kernel = _raced(copies, device, timer)
-                moved = copies[0].nbytes
-                found.append(
-                    RowOpRow(
-                        op=op.name, rows=rows, columns=columns, seconds=seconds,
-                        torch_seconds=torch_seconds, torch_kernel=torch_kernel,
-                        ratio=torch_seconds / seconds, bytes=moved, bytes_per_s=moved / seconds,
-                        of_bandwidth=moved / seconds / read, error=error,
-                        tolerance=op.tolerance, right=error <= op.tolerance,
-                    )
-                )  # fmt: skip
+            for rows in batches or (BATCHES if columns < _VOCABULARY else _LOGITS):
+                make = partial(op.make, rig.card, rows, columns, rig.device)
+                figures = rig.race(f"{op.name} {rows}x{columns}", make, op.tolerance)
+                if figures is not None:
+                    found.append(RowOpRow(op=op.name, rows=rows, columns=columns, **figures))
     return found
 
 
-def _copies(make: Callable[[], "Made"], cache_bytes: int) -> list["Made"]:
-    """As many as take twice the cache."""
-    first = make()
-    count = max(1, min(_MOST_COPIES, -(-2 * cache_bytes // first.nbytes)))
-    return [first, *(make() for _ in range(count - 1))]
-
-
-def _error(made: "Made") -> float:
-    """Largest difference from the reference, as a share of its largest value; before the op is
-    called again, which may change its inputs."""
-    found = made.ours()
-    if made.reference is None:
-        return 0.0
-    assert isinstance(found, torch.Tensor)
-    wanted = made.reference()
-    return float((found.double() - wanted).abs().max() / wanted.abs().max())
-
-
-def _raced(
-    copies: Sequence["Made"], device: torch.device, timer: Timer
-) -> tuple[float, float, str]:
-    """Median seconds of a call of ours, of the fastest of torch's, and which that is."""
-    works = {"ours": captured([made.ours for made in copies], device)}
-    for name in copies[0].torchs:
-        works[name] = captured([made.torchs[name] for made in copies], device)
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(_PASSES):
-        for name, work in works.items():
-            times[name].append(timer(work) / len(copies))
-    medians = {name: statistics.median(found[1:]) for name, found in times.items()}
-    ours = medians.pop("ours")
-    best = min(medians, key=lambda name: medians[name])
-    return ours, medians[best], best
+def attention_rows(rig: Rig, cases: Sequence["Attends"]) -> list[AttentionRow]:
+    """The same of attention."""
+    found = []
+    for number, case in enumerate(cases):
+        rig.progress(Progress("measure kernels", number, len(cases), f"attention, {case.name}"))
+        context = max(case.contexts)
+        figures = rig.race(
+            f"attention, {case.name} of {context}", partial(case.make, rig.card, rig.device),
+            case.tolerance, "bfloat16",
+        )  # fmt: skip
+        if figures is None:
+            continue
+        found.append(
+            AttentionRow(
+                op=case.name, requests=len(case.lengths), queries=sum(case.lengths),
+                context=context, heads=case.heads, kv_heads=case.kv_heads,
+                head_dim=case.head_dim, cache=str(case.held).removeprefix("torch."),
+                bound=case.bound, **figures,
+            )
+        )  # fmt: skip
+    return found
 
 
 def bench_card_kernels(
@@ -155,58 +96,90 @@ def bench_card_kernels(
     formats: Sequence[str] | None = None,
     progress: ProgressCallback,
 ) -> KernelsReport:
-    """Time what the GPU's kernels do over `shapes` [outputs, inputs] and `rows`.
+    """Time what the GPU's kernels do, products over `shapes` [outputs, inputs] and `rows`.
 
-    With `formats`, those products alone. Raises UnsupportedError without an NVIDIA GPU or Triton,
-    UsageError for a format that is not known.
+    With `formats`, only what has a name that begins with one of them, products, ops and attention
+    alike. Raises UnsupportedError without an NVIDIA GPU or Triton, UsageError for a name that
+    nothing has.
     """
     if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         raise UnsupportedError(
             "there is no NVIDIA GPU here, or no Triton", "pip install 'infopt[triton]' beside a GPU"
         )
-    from infopt.core.bench.card_forms import PRODUCTS, ROW_OPS
+    from infopt.core.bench.card_attends import ATTENDS
+    from infopt.core.bench.card_forms import PRODUCTS
+    from infopt.core.bench.card_ops import ROW_OPS
 
-    known = {form.name: form for form in PRODUCTS}
-    for name in formats or ():
-        if name not in known:
-            raise UsageError(f"no format {name!r}", f"on a GPU: {', '.join(known)}")
-    chosen = [known[name] for name in formats or known]
+    known = [case.name for group in (PRODUCTS, ROW_OPS, ATTENDS) for case in group]
+    check_names(formats, known)
     device = torch.device("cuda", torch.cuda.current_device())
     card, cache_bytes = card_of(device), torch.cuda.get_device_properties(device).L2_cache_size
     with torch.inference_mode():
         ceilings = measure_ceilings(
             device, torch.bfloat16, cache_bytes=cache_bytes, progress=progress
         )
-        read = ceilings.reader.best
-        flops = {"bfloat16": ceilings.product.best, "int8": _int8_flops(device)}
+        flops = {"bfloat16": ceilings.product.best, **_small_flops(device, card.capability)}
+        rig = Rig(card, device, cache_bytes, ceilings.reader.best, flops, progress)
+
+        def wanted(name: str, since: int = 80) -> bool:
+            return card.capability >= since and is_named(name, formats)
+
+        attention = attention_rows(rig, [case for case in ATTENDS if wanted(case.name)])
         products = product_rows(
-            card, device, chosen, rows or ROWS, shapes or SHAPES, cache_bytes=cache_bytes,
-            read=read, flops=flops, progress=progress,
+            rig, [form for form in PRODUCTS if wanted(form.name, form.since)],
+            rows or ROWS, shapes or SHAPES,
         )  # fmt: skip
-        ops: list[RowOpRow] = []
-        if not formats:
-            ops = op_rows(
-                card, device, ROW_OPS, BATCHES, cache_bytes=cache_bytes, read=read,
-                progress=progress,
-            )  # fmt: skip
+        ops = op_rows(rig, [op for op in ROW_OPS if wanted(op.name, op.since)])
+    return card_report(rig, products, ops, attention)
+
+
+def card_report(
+    rig: Rig,
+    products: Sequence[KernelRow],
+    ops: Sequence[RowOpRow],
+    attention: Sequence[AttentionRow],
+) -> KernelsReport:
+    measured = ("rows", "ops", "attention", "read_bytes_per_s", "product_flops_per_s")
     return KernelsReport(
-        isa=f"{compiler_versions()} on {card.name}, sm_{card.capability}",
+        isa=f"{compiler_versions()} on {rig.card.name}, sm_{rig.card.capability}",
         threads=torch.get_num_threads(),
-        read_bytes_per_s=read,
-        product_flops_per_s=flops,
+        read_bytes_per_s=rig.read,
+        product_flops_per_s=dict(rig.flops),
         rows=tuple(products),
         ops=tuple(ops),
-        provenance={
-            "rows": "measured",
-            "ops": "measured",
-            "read_bytes_per_s": "measured",
-            "product_flops_per_s": "measured",
-        },
+        attention=tuple(attention),
+        failed=tuple(rig.failed),
+        provenance=dict.fromkeys(measured, "measured"),
+        warnings=(*rig.failed, *rig.left_out),
     )
 
 
-def _int8_flops(device: torch.device) -> float:
-    """Of torch's best product of int8, a large square."""
+def is_named(name: str, wanted: Sequence[str] | None) -> bool:
+    """Whether a name begins with one of those that are wanted; all are where none is told."""
+    return not wanted or any(name.lower().startswith(word.lower()) for word in wanted)
+
+
+def check_names(wanted: Sequence[str] | None, known: Sequence[str]) -> None:
+    """Raises UsageError for a word that no name begins with."""
+    for word in wanted or ():
+        if not any(is_named(name, [word]) for name in known):
+            raise UsageError(
+                f"no format or op {word!r}", f"on a GPU: {', '.join(dict.fromkeys(known))}"
+            )
+
+
+def _small_flops(device: torch.device, capability: int) -> Mapping[str, float]:
+    """Of torch's products of 8 bits, a large square: int8, and float8 where the GPU has it."""
     x = torch.ones(_SIDE, _SIDE, dtype=torch.int8, device=device)
-    work = captured([lambda: torch._int_mm(x, x.t())] * _PASSES, device)
-    return _PASSES * 2.0 * _SIDE**3 / min(timed(work) for _ in range(_PASSES))
+    found = {"int8": _flops(device, lambda: torch._int_mm(x, x.t()))}
+    if capability >= 89:
+        y, one = x.to(torch.float8_e4m3fn), torch.ones((), device=device)
+        found["float8"] = _flops(
+            device, lambda: torch._scaled_mm(y, y.t(), one, one, out_dtype=torch.bfloat16)
+        )
+    return found
+
+
+def _flops(device: torch.device, product: Work) -> float:
+    work = captured([product] * _CALLS, device)
+    return _CALLS * 2.0 * _SIDE**3 / min(timed(work) for _ in range(_CALLS))

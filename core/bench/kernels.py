@@ -88,11 +88,14 @@ def bench_kernels(
 
 
 def kernels_right(report: KernelsReport) -> None:
-    """Raises NumericsError where a product, or an op of a GPU, was wrong."""
+    """Raises NumericsError where a product, or an op of a GPU, was wrong or could not be run."""
     wrong = [f"{row.format} {row.m}x{row.n}x{row.k}" for row in report.rows if not row.right]
     wrong += [f"{op.op} {op.rows}x{op.columns}" for op in report.ops if not op.right]
+    wrong += [f"attention, {one.op} of {one.context}" for one in report.attention if not one.right]
     if wrong:
         raise NumericsError(f"kernels differ from their reference: {', '.join(wrong)}")
+    if report.failed:
+        raise NumericsError(f"kernels could not be run: {'; '.join(report.failed)}")
 
 
 def _chosen(formats: Sequence[str] | None) -> tuple[Form, ...]:

@@ -14,7 +14,8 @@ from infopt.core.layers.attention import Attention
 from infopt.core.layers.rotary import Rotary
 from infopt.kernels.attention.eight_bits import STORAGE
 from infopt.kernels.attention.paged import AttentionPlan
-from infopt.kernels.gpu.paged_attention import Launch, Part, Scores, paged_attention
+from infopt.kernels.attention.scores import Scores
+from infopt.kernels.gpu.paged_attention import Launch, Part, paged_attention
 from infopt.kernels.gpu.plan import plan_part
 from infopt.kernels.gpu.rope_cache import HeadWeights, Turn, rope_and_write
 from infopt.kernels.gpu.tile import Card, Tile

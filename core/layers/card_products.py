@@ -3,6 +3,7 @@
 Importing this imports Triton: only where a decoder has a card.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,13 +16,18 @@ from infopt.core.layers.linear import Projection
 from infopt.core.layers.norm import Norm, RMSNorm
 from infopt.core.layers.quantized import QuantizedLinear
 from infopt.core.layers.rounded import RoundedLinear
-from infopt.kernels.gemm.floats import Fp8Rows
+from infopt.kernels.gemm.floats import Fp8Rows, Nf4Rows
 from infopt.kernels.gemm.integers import IntegerRows
 from infopt.kernels.gpu.fp8_matrix import BLOCK, Fp8Matrix
 from infopt.kernels.gpu.fp8_product import FLOAT8_FROM, fp8_linear, fp8_rounded_linear
 from infopt.kernels.gpu.gated import ACTIVATIONS, gate
 from infopt.kernels.gpu.int8_product import int8_linear, int8_linear_with_outliers
-from infopt.kernels.gpu.integer_columns import IntegerColumns, pack_columns, packable_columns
+from infopt.kernels.gpu.integer_columns import (
+    IntegerColumns,
+    joined,
+    pack_columns,
+    packable_columns,
+)
 from infopt.kernels.gpu.integer_product import integer_linear
 from infopt.kernels.gpu.rms_norm import rms_norm
 from infopt.kernels.gpu.rounding import Rounding, round_rows
@@ -33,7 +39,8 @@ _LARGEST_ROW = 65_536
 
 @dataclass(frozen=True, slots=True)
 class CardIntegers:
-    """As `QuantizedLinear` of integers, whose weight it does not round where rows are few."""
+    """As `QuantizedLinear` of integers or NormalFloat, whose weight it does not round where rows
+    are few."""
 
     card: Card
     weight: IntegerColumns
@@ -45,7 +52,7 @@ class CardIntegers:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]"""
-        rows = _rows(x)
+        rows = as_rows(x)
         if self.columns is not None:
             rows = rows.index_select(1, self.columns)
         y = integer_linear(self.card, rows, self.weight, self.bias, fixed=self.fixed)
@@ -66,20 +73,34 @@ class CardInt8:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], in the dtype of x."""
-        linear, rows = self.linear, _rows(x)
+        linear, rows = self.linear, as_rows(x)
         form, threshold = linear.activation, linear.activation.outlier_threshold
         static = None if form.dynamic else linear.input_scale
         to = Rounding(torch.int8, form.largest, threshold)
         codes, row_scales = round_rows(self.card, rows, to, static)
-        weight, scales, bias = linear.codes, linear.scales, linear.bias
         if threshold is None:
-            y = int8_linear(self.card, codes, row_scales, weight, scales, bias, x.dtype)
+            y = self.product(codes, row_scales, x.dtype)
         else:
             y = int8_linear_with_outliers(
-                self.card, rows, threshold, codes, row_scales, weight, scales, bias,
-                fixed=linear.fixed,
+                self.card, rows, threshold, codes, row_scales, linear.codes, linear.scales,
+                linear.bias, fixed=linear.fixed,
             )  # fmt: skip
         return y.view(*x.shape[:-1], -1)
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """That of the inputs, where each row's is its own and of nothing but the row's values."""
+        form = self.linear.activation
+        if not form.dynamic or form.strategy != "token" or form.outlier_threshold is not None:
+            return None
+        return Rounding(torch.int8, form.largest)
+
+    def product(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of inputs that are rounded, codes [M, K] and scales [M] -> [M, N]."""
+        linear = self.linear
+        return int8_linear(
+            self.card, codes, scales, linear.codes, linear.scales, linear.bias, dtype
+        )
 
     @property
     def nbytes(self) -> int:
@@ -100,17 +121,29 @@ class CardFp8:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], in the dtype of x."""
-        rows, form = _rows(x), self.activation
+        rows, form = as_rows(x), self.activation
         if form is None:
             y = fp8_linear(self.card, rows, self.weight, self.bias, fixed=self.fixed)
         else:
-            codes, scales = self._rounded(rows, form)
-            y = fp8_rounded_linear(
-                self.card, codes, scales, self.weight, self.bias, x.dtype, fixed=self.fixed
-            )
+            y = self.product(*self.rounded(rows, form), x.dtype)
         return y.view(*x.shape[:-1], -1)
 
-    def _rounded(self, rows: Tensor, form: ActivationFormat) -> tuple[Tensor, Tensor]:
+    @property
+    def rounding(self) -> Rounding | None:
+        """As that of `CardInt8`."""
+        form = self.activation
+        if form is None or not form.dynamic or form.strategy != "token":
+            return None
+        return Rounding(torch.float8_e4m3fn, form.largest)
+
+    def product(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of inputs that are rounded, codes [M, K] and scales [M] or [M, K / 128] -> [M, N]."""
+        return fp8_rounded_linear(
+            self.card, codes, scales, self.weight, self.bias, dtype, fixed=self.fixed
+        )
+
+    def rounded(self, rows: Tensor, form: ActivationFormat) -> tuple[Tensor, Tensor]:
+        """The codes of x [M, K], and their scales, by row or by 128 of a row."""
         to = Rounding(torch.float8_e4m3fn, form.largest)
         if form.strategy != "group":
             return round_rows(self.card, rows, to, None if form.dynamic else self.input_scale)
@@ -130,7 +163,7 @@ class CardNorm:
     norm: RMSNorm
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(self.card, _rows(x), self.norm.weight, self.norm.eps).view(x.shape)
+        return rms_norm(self.card, as_rows(x), self.norm.weight, self.norm.eps).view(x.shape)
 
     @property
     def nbytes(self) -> int:
@@ -174,7 +207,7 @@ class CardChoice:
 
 def card_product(card: Card, projection: Projection) -> Projection:
     """The projection by the GPU's kernels; what they have no product for stays torch's: dense
-    weights, 4-bit floats, integers of 3 bits or in groups that no word fits."""
+    weights, and groups that no word fits or that run on from row to row."""
     match projection:
         case QuantizedLinear():
             return _quantized(card, projection)
@@ -184,8 +217,20 @@ def card_product(card: Card, projection: Projection) -> Projection:
             return _rounded(card, projection)
         case SideBySide():
             parts = tuple(card_product(card, part) for part in projection.parts)
-            return replace(projection, parts=parts)
+            return _as_one(parts) or replace(projection, parts=parts)
     return projection
+
+
+def _as_one(parts: Sequence[Projection]) -> CardIntegers | None:
+    """What had to be stored apart may here be one weight: NormalFloat's blocks are of one row."""
+    mine = [part for part in parts if isinstance(part, CardIntegers) and part.columns is None]
+    if len(mine) < len(parts):
+        return None
+    biases = [part.bias for part in mine if part.bias is not None]
+    weight = joined([part.weight for part in mine])
+    if weight is None or len(biases) not in (0, len(parts)):
+        return None
+    return replace(mine[0], weight=weight, bias=torch.cat(biases) if biases else None)
 
 
 def _quantized(card: Card, linear: QuantizedLinear) -> Projection:
@@ -197,6 +242,8 @@ def _quantized(card: Card, linear: QuantizedLinear) -> Projection:
             codes = weight.codes(slice(0, weight.shape[0]), linear.scratch)
             packed = pack_columns(codes, weight.scales, weight.zeros, weight.bits)
             return CardIntegers(card, packed, linear.bias, linear.columns, linear.fixed)
+        case Nf4Rows() as weight if weight.shape[1] % weight.block == 0:
+            return CardIntegers(card, _nf4(weight), linear.bias, linear.columns, linear.fixed)
         case Fp8Rows() as weight if weight.block in (None, BLOCK):
             scales = weight.scales.float()
             if weight.block is None:
@@ -204,6 +251,15 @@ def _quantized(card: Card, linear: QuantizedLinear) -> Projection:
             matrix = Fp8Matrix(weight.codes.contiguous(), scales.contiguous())
             return CardFp8(card, matrix, linear.bias, linear.fixed)
     return linear
+
+
+def _nf4(weight: Nf4Rows) -> IntegerColumns:
+    """Its scales are no longer rounded to 8 bits: 9 bytes in place of 8.3 for 16 weights."""
+    outputs, inputs = weight.shape
+    pairs = weight.codes.view(outputs, inputs // 2)
+    codes = torch.stack((pairs >> 4, pairs & 15), dim=2).view(outputs, inputs)
+    values = weight.pairs.view(torch.float32).view(16, 16, 2)[:, 0, 0].contiguous()
+    return pack_columns(codes, weight.block_absmax().view(outputs, -1), 0, 4, values)
 
 
 def _rounded(card: Card, rounded: RoundedLinear) -> Projection:
@@ -225,7 +281,8 @@ def _rounded(card: Card, rounded: RoundedLinear) -> Projection:
     return replace(rounded, linear=linear)
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
+    """[..., K] -> [M, K], whose rows are contiguous."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 

@@ -22,8 +22,9 @@ from infopt.core.models.config import Activation
 from infopt.core.models.decoder import Decoder, DecoderLayer
 from infopt.core.models.mlp import FeedForward, GatedMLP, PlainMLP
 from infopt.kernels.attention.eight_bits import FP8
+from infopt.kernels.attention.scores import Scores
 from infopt.kernels.cpu import attention, elementwise, packed, unpacked
-from infopt.kernels.cpu.attention import Heads, Scores, Scratch
+from infopt.kernels.cpu.attention import Heads, Scratch
 from infopt.kernels.cpu.program import KINDS, Count, Program
 
 Part = Callable[[Tensor], Tensor]

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from infopt.core.reports.kernels import AttentionRow, KernelRow, Raced, RowOpRow
 from infopt.core.reports.page import Figure, Key, Mark
 from infopt.core.reports.quantize import LayerError, SensitivityRow
 from infopt.core.reports.words import number, size
@@ -141,6 +142,68 @@ def size_quality(points: Sequence[tuple[str, int, float]]) -> Figure:
         ),
         legend=(),
     )
+
+
+def kernel_shares(rows: Sequence[Raced]) -> Figure:
+    """Of each op the share of the limit that it is nearer to, beside the best of torch's ways."""
+    shown = [share for row in rows for share in _shares(row) if share is not None]
+    vertical = _linear_scale([1.0, *shown], HEIGHT - BOTTOM, TOP)
+    across = _across(len(rows))
+    names = list(dict.fromkeys(_op(row) for row in rows))
+    marks: list[Mark] = []
+    for index, row in enumerate(rows):
+        ours, torchs = _shares(row)
+        title = f"{_op(row)} {_shape(row)}: {ours:.0%} of the limit"
+        if torchs is not None:
+            title += f"; {row.torch_kernel}: {torchs:.0%}"
+            marks.append(Mark(across.place(index), vertical.place(torchs), "dash", 0, title))
+        shape = "dot" if row.right else "ring"
+        colour = names.index(_op(row)) % COLOURS
+        marks.append(Mark(across.place(index), vertical.place(ours), shape, colour, title))
+    return Figure(
+        title="Share of the limit",
+        description="Each op by the larger of its shares of the best reading of memory and of the "
+        "best matrix product, both measured; a dash marks the best of torch's ways, a ring a "
+        "result that is wrong.",
+        x_label="ops in the order of the tables",
+        y_label="share of the limit",
+        x_ticks=(),
+        y_ticks=tuple((vertical.place(v), f"{v:.0%}") for v in steps(vertical)),
+        marks=tuple(marks),
+        legend=(
+            *(Key("dot", n % COLOURS, name) for n, name in enumerate(names)),
+            Key("dash", -1, "the best of torch's"),
+        ),
+    )
+
+
+def _shares(row: Raced) -> tuple[float, float | None]:
+    ours = row.of_bandwidth
+    if isinstance(row, KernelRow | AttentionRow):
+        ours = max(ours, row.of_product)
+    return ours, None if row.ratio is None else ours / row.ratio
+
+
+def _op(row: Raced) -> str:
+    match row:
+        case KernelRow():
+            return row.format
+        case AttentionRow():
+            return f"attention, {row.op}"
+        case RowOpRow():
+            return row.op
+    raise AssertionError("no other rows are raced")
+
+
+def _shape(row: Raced) -> str:
+    match row:
+        case KernelRow():
+            return f"{row.m} x {row.n} x {row.k}"
+        case AttentionRow():
+            return f"{row.queries} of {row.context}"
+        case RowOpRow():
+            return f"{row.rows} x {row.columns}"
+    raise AssertionError("no other rows are raced")
 
 
 def _across(count: int) -> Scale:

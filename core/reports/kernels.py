@@ -3,8 +3,30 @@
 from infopt.core.reports.schema import Record, Report
 
 
-class KernelRow(Record):
-    """One product x [m, k] by a weight [n, k] that was not in the cache."""
+class Raced(Record):
+    """An op, timed in turns with torch's ways to the same result, over inputs that no cache
+    holds."""
+
+    seconds: float
+    """Median of our kernel's calls."""
+    torch_seconds: float | None
+    """Median of the best of torch's ways; None where torch has none here."""
+    torch_kernel: str
+    ratio: float | None
+    """How many times as fast as torch."""
+    bytes: int
+    """That must be read and written."""
+    bytes_per_s: float
+    of_bandwidth: float
+    """Share of the read bandwidth."""
+    error: float
+    """Largest difference from the reference, as a share of its largest value."""
+    tolerance: float
+    right: bool
+
+
+class KernelRow(Raced):
+    """One product x [m, k] by a weight [n, k]."""
 
     format: str
     """Of weight and inputs, such as 'bfloat16' or 'W4A16 g64'."""
@@ -13,43 +35,37 @@ class KernelRow(Record):
     m: int
     n: int
     k: int
-    seconds: float
-    """Median of the native kernel's calls."""
-    torch_seconds: float
-    """Median of the best of torch's ways to the same result, called in turns with it."""
-    torch_kernel: str
-    ratio: float
-    """How many times as fast as torch."""
-    bytes: int
-    """Of the weight as it is stored, the inputs and the results."""
-    bytes_per_s: float
-    of_bandwidth: float
-    """Share of the read bandwidth."""
     flops_per_s: float
     of_product: float
     """Share of the best matrix product of torch in the dtype that is multiplied in."""
-    error: float
-    """Largest difference from the reference, as a share of its largest value."""
-    tolerance: float
-    right: bool
 
 
-class RowOpRow(Record):
+class RowOpRow(Raced):
     """Something done to each of `rows` rows of `columns` numbers, on a GPU."""
 
     op: str
     rows: int
     columns: int
-    seconds: float
-    torch_seconds: float
-    torch_kernel: str
-    ratio: float
-    bytes: int
-    bytes_per_s: float
-    of_bandwidth: float
-    error: float
-    tolerance: float
-    right: bool
+
+
+class AttentionRow(Raced):
+    """Attention of several requests over a paged cache, on a GPU."""
+
+    op: str
+    requests: int
+    queries: int
+    """Of all of them."""
+    context: int
+    """Tokens in the cache, of the longest."""
+    heads: int
+    kv_heads: int
+    head_dim: int
+    cache: str
+    """The dtype of keys and values."""
+    bound: str
+    """'reading' or 'product': of which limit its share is what counts."""
+    flops_per_s: float
+    of_product: float
 
 
 class KernelsReport(Report):
@@ -64,3 +80,7 @@ class KernelsReport(Report):
     rows: tuple[KernelRow, ...]
     ops: tuple[RowOpRow, ...] = ()
     """On a GPU."""
+    attention: tuple[AttentionRow, ...] = ()
+    """The same."""
+    failed: tuple[str, ...] = ()
+    """What could not be run, with the reason."""

@@ -4,6 +4,7 @@ import functools
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,15 +14,11 @@ from infopt.core.errors import UsageError
 from infopt.core.hardware.choose import choose_device, choose_dtype
 from infopt.core.models.config import ModelConfig
 from infopt.core.recipe.serve import EngineSettings
-from infopt.core.runtime.batch import Batch, build_batch
+from infopt.core.runtime.batch import Batch
 from infopt.core.runtime.beam_group import BeamGroup
 from infopt.core.runtime.block_pool import BlockPool
-from infopt.core.runtime.grammar import (
-    Constraint,
-    Grammar,
-    GrammarCompiler,
-    tokenizer_source,
-)
+from infopt.core.runtime.flight import Flight, flying, go_on, launch, may_fly
+from infopt.core.runtime.grammar import Constraint, Grammar, GrammarCompiler, tokenizer_source
 from infopt.core.runtime.kv_cache import KVCache, blocks_that_fit, cache_dtype
 from infopt.core.runtime.limits import (
     check_request,
@@ -32,12 +29,11 @@ from infopt.core.runtime.limits import (
 )
 from infopt.core.runtime.loaded import load_for
 from infopt.core.runtime.model_runner import ModelRunner
-from infopt.core.runtime.penalties import changes_logits
 from infopt.core.runtime.pooling import embedding, pool
 from infopt.core.runtime.prefix_cache import PrefixCache
 from infopt.core.runtime.prefix_tiers import open_store
 from infopt.core.runtime.request import FinishReason, Joined, Request, SamplingParams, StepOutput
-from infopt.core.runtime.sampler import Choice, Draw
+from infopt.core.runtime.sampler import Choice, draw_for
 from infopt.core.runtime.scheduler import Rules, Scheduler
 from infopt.core.runtime.scoring import score, scores
 from infopt.core.runtime.stats import EngineStats, Meter
@@ -74,7 +70,7 @@ class Engine:
         )
         self._scheduler = Scheduler(
             self._pool,
-            _rules(settings, self._pool.total, runner.decoder.config.sliding_window),
+            Rules.of(settings, self._pool.total, runner.decoder.config.sliding_window),
             block_size=runner.cache.block_size,
             prefix=self._prefix,
         )
@@ -82,6 +78,8 @@ class Engine:
         """By id, the answers that are not complete, or the beams."""
         self._beams: dict[str, BeamGroup] = {}
         self._aborted: list[StepOutput] = []
+        self._flight: Flight | None = None
+        """The step that is under way, between two calls of `step`."""
         self._seeds = random.Random(settings.seed)
         self._meter = Meter()
         self.joined: Sequence[Joined] = ()
@@ -177,6 +175,9 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """Compute one batch and return what it added; requests that only caught up say nothing."""
         outputs, self._aborted = self._aborted, []
+        if self._flight is not None:
+            self.joined = ()
+            return outputs + self._land(self._flight)
         began = time.perf_counter()
         step = self._scheduler.schedule()
         self.joined = step.joined
@@ -184,29 +185,45 @@ class Engine:
             if not outputs:
                 time.sleep(min(self._scheduler.gathers_for(), _NAP_S))
             return outputs
-        self._runner.move_blocks(step)
-        scheduled = time.perf_counter()
-        cache, decoder = self._runner.cache, self._runner.decoder
-        batch = build_batch(
-            step.work, block_size=cache.block_size, dtype=decoder.dtype, device=decoder.device
-        )
-        built = time.perf_counter()
-        hidden, logits = self._runner.compute(batch.inputs, batch.rows, bool(batch.reading))
-        ran = time.perf_counter()
+        batch, hidden, logits, times = launch(self._runner, step, began)
+        if self._runner.ahead and may_fly(batch, step):
+            return outputs + self._land(flying(self._runner, step, batch, logits, times))
         self._scheduler.advance(step)
         outputs += self._read(batch, hidden)
         outputs += self._extend_beams(batch, logits)
         requests, rows = self._answers(batch)
         if rows != list(range(len(logits))):
             logits = logits[torch.tensor(rows, dtype=torch.int64, device=logits.device)]
-        choices = self._runner.choose(logits, [self._draw(request) for request in requests])
+        choices = self._runner.choose(logits, [draw_for(request) for request in requests])
         for request, choice, row in zip(requests, choices, rows, strict=True):
             lost = choice.token_id is None and choice.fault is None
             fault = self._unsampled(batch, row) if lost else choice.fault
             outputs.append(self._take(request, choice, fault))
         tokens = sum(item.tokens for item in step.work)
-        self._meter.count(tokens, (began, scheduled, built, ran, time.perf_counter()))
+        self._meter.count(tokens, (*times, time.perf_counter()))
         return outputs
+
+    def _land(self, flight: Flight) -> list[StepOutput]:
+        """Read a step's tokens, the next one being launched before where that can be."""
+        alive = [item for item in flight.step.work if self._lives(item.request)]
+        self._scheduler.advance(replace(flight.step, work=alive))
+        going = [item.request for item in alive]
+        self._flight = go_on(self._runner, self._scheduler, flight, going)
+        outputs, waited = [], time.perf_counter()
+        each = zip(flight.requests, flight.chosen.read(), strict=True)
+        for row, (request, choice) in enumerate(each):
+            if self._lives(request):  # else it ended a step ago: this token is nobody's
+                lost = choice.token_id is None and choice.fault is None
+                fault = self._unsampled(flight.batch, row) if lost else choice.fault
+                outputs.append(self._take(request, choice, fault))
+        if self._flight is not None and not any(map(self._lives, self._flight.requests)):
+            self._flight = None
+        ended = flight.times[-1] + time.perf_counter() - waited
+        self._meter.count(sum(item.tokens for item in alive), (*flight.times, ended))
+        return outputs
+
+    def _lives(self, request: Request) -> bool:
+        return request in self._requests.get(request.request_id, ())
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to say."""
@@ -268,19 +285,6 @@ class Engine:
                     StepOutput(request.request_id, finish_reason="stop", embedding=found)
                 )
         return outputs
-
-    def _draw(self, request: Request) -> Draw:
-        """How the request's next token is to be chosen."""
-        params, length = request.params, request.prompt_length
-        read = changes_logits(params)  # else copying them each step would be for nothing
-        return Draw(
-            params,
-            request.generator,
-            prompt=request.tokens[:length] if read else (),
-            answer=request.tokens[length:] if read else (),
-            allowed=None if request.constraint is None else request.constraint.allowed(),
-            barred=request.ends if len(request.tokens) - length < params.min_tokens else (),
-        )
 
     def _answers(self, batch: Batch) -> tuple[list[Request], list[int]]:
         """Who chooses a token now, and from which row of the logits.
@@ -386,15 +390,3 @@ class Engine:
         group.remove(request)
         if not group:
             del self._requests[request.request_id]
-
-
-def _rules(settings: EngineSettings, blocks: int, window: int | None) -> Rules:
-    return Rules(
-        max_batch_tokens=settings.max_batch_tokens,
-        max_running=settings.max_running,
-        max_chunk_tokens=settings.max_chunk_tokens,
-        watermark=int(settings.watermark * blocks),
-        batching=settings.batching,
-        batch_wait_s=settings.batch_wait_s,
-        window=window,
-    )

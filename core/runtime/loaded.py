@@ -28,4 +28,9 @@ def load_for(
         from infopt.core.layers.card_products import CardChoice
 
         choice = CardChoice(card)
-    return load_decoder(artifact, dtype, device, deterministic=fixed, native=choice, card=card)
+    decoder = load_decoder(artifact, dtype, device, deterministic=fixed, native=choice, card=card)
+    if card is None:
+        return decoder
+    from infopt.core.models.card_layers import with_rounding_fused
+
+    return with_rounding_fused(decoder)

@@ -10,7 +10,7 @@ from infopt.core.models.decoder import Decoder, StepInputs
 from infopt.core.recipe.serve import Kernels
 from infopt.core.runtime.kv_cache import KVCache
 from infopt.core.runtime.prefix_store import PrefixStore
-from infopt.core.runtime.sampler import Choice, Draw, sample
+from infopt.core.runtime.sampler import Choice, Chosen, Draw, known, sample
 from infopt.core.runtime.scheduler import Step
 from infopt.core.runtime.step_program import Replays, Room, captured, recorded
 
@@ -35,6 +35,9 @@ class ModelRunner:
         self.cache = cache
         self.store = store
         self.replays = replays or Replays(None, "no step is to be recorded")
+        self.ahead = decoder.card is not None
+        """Whether steps are launched before the tokens of the one before are known: where a launch
+        returns before its kernels are done."""
 
     @classmethod
     def recorded(
@@ -66,6 +69,14 @@ class ModelRunner:
         if step.restores:
             contents, targets = zip(*step.restores, strict=True)
             self.cache.write(targets, contents)
+
+    def choose_later(self, logits: Tensor, draws: Sequence[Draw]) -> Chosen:
+        """The same, to be read when it is needed; on a GPU nothing waits before."""
+        if self.decoder.card is None:
+            return known(sample(logits, draws))
+        from infopt.core.runtime.card_sampler import sample_later
+
+        return sample_later(self.decoder.card, logits, draws)
 
     def choose(self, logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:
         """A token for each row of logits [R, vocabulary]."""

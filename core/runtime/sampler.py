@@ -1,14 +1,14 @@
 """Choose the next token of each request from its logits."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from infopt.core.runtime.penalties import changes_logits, masked, penalized
-from infopt.core.runtime.request import SamplingParams, TokenLogprob
+from infopt.core.runtime.request import Request, SamplingParams, TokenLogprob
 
 # The most likely tokens nearly always hold the nucleus, and are far cheaper to find than a sort.
 _WINDOW = 1024
@@ -23,6 +23,23 @@ class Choice:
     logprob: TokenLogprob | None = None
     fault: str | None = None
     """Why there is no token, unless it is the logits'."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Tokens that are chosen, or will be once the device comes to it."""
+
+    tokens: Tensor
+    """int64 [R], on the device; negative where there is none."""
+    read: Callable[[], list[Choice]]
+    """Waits for them."""
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Those of rows int64 [N], on the device, as inputs of a step; nobody waits."""
+        device = self.tokens.device
+        if device.type == "cuda":
+            rows = rows.pin_memory().to(device, non_blocking=True)
+        return self.tokens.index_select(0, rows).clamp_(min=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +61,20 @@ class Draw:
         return self.allowed is None and not self.barred and not changes_logits(self.params)
 
 
+def draw_for(request: Request) -> Draw:
+    """How the request's next token is to be chosen."""
+    params, length = request.params, request.prompt_length
+    read = changes_logits(params)  # else copying them each step would be for nothing
+    return Draw(
+        params,
+        request.generator,
+        prompt=request.tokens[:length] if read else (),
+        answer=request.tokens[length:] if read else (),
+        allowed=None if request.constraint is None else request.constraint.allowed(),
+        barred=request.ends if len(request.tokens) - length < params.min_tokens else (),
+    )
+
+
 @torch.inference_mode()
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:
     """Choose for each row of logits [R, vocabulary], which no other row has a part in."""
@@ -55,6 +86,12 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:
         _choose(logits[row], best[row], draw) if finite[row] else Choice(None)
         for row, draw in enumerate(draws)
     ]
+
+
+def known(choices: list[Choice]) -> Chosen:
+    """Choices that are made, as those are that are still to be read."""
+    tokens = [-1 if choice.token_id is None else choice.token_id for choice in choices]
+    return Chosen(torch.tensor(tokens, dtype=torch.int64), lambda: choices)
 
 
 def _choose(logits: Tensor, best: int, draw: Draw) -> Choice:

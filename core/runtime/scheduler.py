@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from infopt.core.recipe.serve import Batching
+from infopt.core.recipe.serve import Batching, EngineSettings
 from infopt.core.runtime.block_pool import NO_BLOCK, BlockPool
 from infopt.core.runtime.prefix_cache import PrefixCache
 from infopt.core.runtime.request import Joined, Request
@@ -61,6 +61,19 @@ class Rules:
     """How long a dynamic batch waits to be full."""
     window: int | None = None
     """No layer looks back on more tokens than these; None where one looks back on all."""
+
+    @classmethod
+    def of(cls, settings: EngineSettings, blocks: int, window: int | None) -> "Rules":
+        """As an engine's settings have them, of a cache of so many blocks."""
+        return cls(
+            max_batch_tokens=settings.max_batch_tokens,
+            max_running=settings.max_running,
+            max_chunk_tokens=settings.max_chunk_tokens,
+            watermark=int(settings.watermark * blocks),
+            batching=settings.batching,
+            batch_wait_s=settings.batch_wait_s,
+            window=window,
+        )
 
 
 def _order(request: Request) -> tuple[int, int, int]:

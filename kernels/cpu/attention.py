@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from infopt.kernels.attention.eight_bits import INT8, KvScales
+from infopt.kernels.attention.scores import Scores
 from infopt.kernels.cpu.program import KINDS, Program
 
 # As in ops/attention.cpp.
@@ -55,15 +56,6 @@ class Heads:
     @property
     def width(self) -> int:
         return (self.heads + 2 * self.kv_heads) * self.head_dim
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """What becomes of a query's products with the keys before the softmax."""
-
-    scale: float
-    window: int | None = None
-    cap: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

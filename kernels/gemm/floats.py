@@ -107,6 +107,10 @@ class Nf4Rows:
         if whole < count:
             torch.mul(values[whole:], absmax[-1], out=flat[whole:])
 
+    def block_absmax(self) -> Tensor:
+        """float32 [blocks]"""
+        return self._absmax(0, self.absmax.numel())
+
     def _absmax(self, first: int, last: int) -> Tensor:
         if self.nested_absmax is None or self.nested_map is None:
             return self.absmax[first:last]

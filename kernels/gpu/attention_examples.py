@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 
+from infopt.kernels.attention.scores import Scores
 from infopt.kernels.gpu.cache import fill_with_noise, new_cache
 from infopt.kernels.gpu.example import Example, Launch
 from infopt.kernels.gpu.paged_attention import (
     Launch as Chosen,
 )
-from infopt.kernels.gpu.paged_attention import Part, Scores, Tree, paged_attention
+from infopt.kernels.gpu.paged_attention import Part, Tree, paged_attention
 from infopt.kernels.gpu.plan import plan_part
 from infopt.kernels.gpu.tile import Card, Tile
 
@@ -32,6 +33,9 @@ class _Shape:
     scores: Scores = _SCALED
     tree: bool = False
     fixed: bool = False
+    block: int = _BLOCK
+    tile: Tile | None = None
+    """In place of the one that the card has."""
 
     @property
     def launch(self) -> Chosen:
@@ -47,9 +51,9 @@ class _Shape:
 
 
 def _build(shape: _Shape, device: torch.device) -> Launch:
-    requests, width = len(shape.lengths), -(-shape.context // _BLOCK)
+    requests, width = len(shape.lengths), -(-shape.context // shape.block)
     held = shape.held or shape.dtype
-    cache = new_cache(requests * width, _BLOCK, shape.kv_heads, shape.head_dim, held, device)
+    cache = new_cache(requests * width, shape.block, shape.kv_heads, shape.head_dim, held, device)
     fill_with_noise(cache, shape.kv_heads, shape.head_dim)
     tokens, columns = sum(shape.lengths), shape.heads + 2 * shape.kv_heads
     qkv = torch.ones(tokens, columns, shape.head_dim, dtype=shape.dtype, device=device)
@@ -63,7 +67,7 @@ def _build(shape: _Shape, device: torch.device) -> Launch:
     planned: dict[str, Part] = {}
 
     def launch(card: Card) -> None:
-        tile = shape.launch.tile(card)
+        tile = shape.tile or shape.launch.tile(card)
         key = f"{card.name} {tile}"
         if key not in planned:  # once a tile: a plan is made once for all layers of a step
             planned[key] = plan_part(
@@ -90,20 +94,22 @@ def _candidates(rows: int) -> tuple[Tile, ...]:
     )
 
 
-def _example(name: str, shape: _Shape, wants: tuple[str, ...] = ()) -> Example:
+def _example(name: str, shape: _Shape, wants: tuple[str, ...] = (), since: int = 80) -> Example:
     return Example(
         name=f"attention, {name}",
         kernel="paged_attention",
         key=shape.launch.key,
         build=lambda device: _build(shape, device),
-        candidates=_candidates(int(shape.launch.key["rows"])),
+        candidates=_candidates(int(shape.launch.key["rows"])) if shape.tile is None else (),
         wants=wants,
+        since=since,
     )
 
 
 _TOKENS = (1,) * 32
 _SMALL: dict[str, Any] = {"heads": 9, "kv_heads": 3, "head_dim": 64}
 _PHI: dict[str, Any] = {"heads": 32, "kv_heads": 32, "head_dim": 80}
+_DESCRIPTORS = Tile({"BLOCK_M": 128, "BLOCK_N": 128, "TMA": 1}, 8, 2)
 EXAMPLES = (
     _example("tokens", _Shape(_TOKENS, 2048), ("HMMA",)),
     _example("one token, split keys", _Shape((1,), 16384), ("HMMA",)),
@@ -136,5 +142,11 @@ EXAMPLES = (
     ),
     _example("prompt, float8", _Shape((2048,), 2048, held=torch.float8_e4m3fn), ("HGMMA",)),
     _example("prompt, int8", _Shape((2048,), 2048, held=torch.int8), ("HGMMA",)),
+    _example(
+        "prompt, blocks of 128, descriptors",
+        _Shape((2048,), 2048, block=128, tile=_DESCRIPTORS),
+        ("HGMMA", "UTMALDG"),
+        90,
+    ),
     _example("prompt, float32", _Shape((2048,), 2048, dtype=torch.float32)),
 )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from infopt.kernels.attention import cache as plain
 from infopt.kernels.attention import eight_bits
 from infopt.kernels.attention.eight_bits import STORAGE
 
@@ -21,7 +22,7 @@ _ALIGNED = 16
 def token_bytes(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
     """Bytes of one token's keys and values in one layer, scales and padding included."""
     if dtype not in STORAGE:
-        return 2 * kv_heads * head_dim * dtype.itemsize
+        return plain.token_bytes(kv_heads, head_dim, dtype)
     return -(-(_code_bytes(kv_heads, head_dim) + 8 * kv_heads) // _ALIGNED) * _ALIGNED
 
 
@@ -43,8 +44,7 @@ def new_cache(
     dtype: that of keys and values; int8 and float8_e4m3fn are kept with scales.
     """
     if dtype not in STORAGE:
-        shape = (blocks, block_size, 2, kv_heads, head_dim)
-        return torch.empty(shape, dtype=dtype, device=device)
+        return plain.new_cache(blocks, block_size, kv_heads, head_dim, dtype, device)
     size = token_bytes(kv_heads, head_dim, dtype)
     return torch.empty(blocks, block_size, size, dtype=STORAGE[dtype], device=device)
 

@@ -1,9 +1,10 @@
-"""Products of 16- or 32-bit inputs with integer weights in groups, dequantized in registers.
+"""Products of 16- or 32-bit inputs with weights of few bits in groups, dequantized in registers.
 
 Three ways, and which of them is taken for how many rows is a tile's to say: one row with fused
 multiply-adds; some rows on the tensor cores, the sum over the inputs split among programs; many
 rows with the weight dequantized once, for the library's product. In the first two the weight is
-not rounded: codes less zeros are exact in 16 bits, and scales multiply the sums.
+not rounded: codes less zeros are exact in 16 bits, and scales multiply the sums. (On the tensor
+cores the values of a table are: to the dtype of the inputs.)
 """
 
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from infopt.kernels.gpu import integer_columns
 from infopt.kernels.gpu.integer_columns import (
-    MAGIC_VALUE,
     IntegerColumns,
     chunks,
     dequantized,
+    less_zero,
     number_of,
     place_of,
+    third_bits,
 )
 from infopt.kernels.gpu.parts import add_parts, results
 from infopt.kernels.gpu.shape import product_key
@@ -36,12 +38,12 @@ def reference(x: Tensor, weight: IntegerColumns, bias: Tensor | None) -> Tensor:
 
 @triton.jit
 def vector(
-    x, words, scales, zeros, bias, out, columns, inputs, rows, x_stride,
-    GROUP: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, words, thirds, table, scales, zeros, bias, out, columns, inputs, rows, x_stride,
+    GROUP: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, TABLE: tl.constexpr,
+    BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of one row. Each word keeps a sum of its own to the end."""
-    PER: tl.constexpr = 32 // BITS
+    PER: tl.constexpr = 32 // (2 if BITS == 3 else BITS)
     BLOCK_W: tl.constexpr = BLOCK_K // PER
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -53,19 +55,22 @@ def vector(
             words + w[:, None] * columns + n[None, :], mask=there, other=0,
             eviction_policy="evict_first",
         )  # fmt: skip
+        third = third_bits(thirds, q, w, n, columns, there, BITS)
         group = w * PER // GROUP if GROUP else w * 0
         at = group[:, None] * columns + n[None, :]
+        zero = 0.0
         if ZERO < 0:
             zero = tl.load(zeros + at, mask=there, other=0).to(tl.float32)
         part = tl.zeros((BLOCK_W, BLOCK_N), tl.float32)
         for j in tl.static_range(PER):
             k = w * PER + j
             value = tl.load(x + row * x_stride + k, mask=k < inputs, other=0.0).to(tl.float32)
-            if ZERO < 0:
-                steps = number_of(q, j, BITS) - (MAGIC_VALUE + zero * place_of(j, BITS))
+            if TABLE:
+                steps = tl.load(table + ((q >> (j * BITS)) & ((1 << BITS) - 1)))
+                part += steps * value[:, None]
             else:
-                steps = number_of(q, j, BITS) - (8388608.0 + ZERO * place_of(j, BITS))
-            part += steps * (value / place_of(j, BITS))[:, None]
+                steps = less_zero(number_of(q, third, j, BITS), zero, j, BITS, ZERO)
+                part += steps * (value / place_of(j, BITS))[:, None]
         if GROUP:
             acc += part * tl.load(scales + at, mask=there, other=0.0).to(tl.float32)
         else:
@@ -96,37 +101,47 @@ def steps_of(q, zero, BITS: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def dot(
-    x, words, scales, zeros, bias, out, count, columns, inputs, rows, x_stride,
-    GROUP: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, words, thirds, table, scales, zeros, bias, out, count, columns, inputs, rows, x_stride,
+    GROUP: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, TABLE: tl.constexpr,
+    BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows times BLOCK_N outputs. A packed tile is read once and spread by a reshape."""
-    PER: tl.constexpr = 32 // BITS
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    PER: tl.constexpr = 32 // WIDTH
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
     dtype: tl.constexpr = x.dtype.element_ty
-    places = tl.arange(0, PER) * BITS
+    places = tl.arange(0, PER)
     x_rows = x + m[:, None].to(tl.int64) * x_stride
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if TABLE:  # in registers: a load in the loop would be pipelined through shared memory
+        values = tl.load(table + tl.arange(0, 1 << BITS)).to(dtype)
     for first in range(split * BLOCK_K, inputs, SPLIT * BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         w = first // PER + tl.arange(0, BLOCK_K // PER)
         a = tl.load(x_rows + k[None, :], mask=(m[:, None] < count) & (k[None, :] < inputs),
                     other=0.0)  # fmt: skip
+        there = (w[:, None] < rows) & (n[None, :] < columns)
         q = tl.load(
-            words + w[:, None] * columns + n[None, :],
-            mask=(w[:, None] < rows) & (n[None, :] < columns), other=0,
+            words + w[:, None] * columns + n[None, :], mask=there, other=0,
             eviction_policy="evict_first",
         )  # fmt: skip
-        spread = (q[:, None, :] >> places[None, :, None]) & ((1 << BITS) - 1)
+        spread = (q[:, None, :] >> (places * WIDTH)[None, :, None]) & ((1 << WIDTH) - 1)
+        if BITS == 3:
+            third = third_bits(thirds, q, w, n, columns, there, BITS)
+            spread |= ((third[:, None, :] >> places[None, :, None]) & 1) << 2
         codes = tl.reshape(spread, (BLOCK_K, BLOCK_N))
         at = (first // GROUP if GROUP else 0) * columns + n
-        if ZERO < 0:
+        if TABLE:
+            flat = tl.gather(values, tl.reshape(codes, (BLOCK_K * BLOCK_N,)), 0)
+            b = tl.reshape(flat, (BLOCK_K, BLOCK_N))
+        elif ZERO < 0:
             zero = tl.load(zeros + at, mask=n < columns, other=0).to(tl.float32)[None, :]
+            b = steps_of(codes, zero, BITS, dtype)
         else:
-            zero = tl.full((1, 1), ZERO, tl.float32)
-        b = steps_of(codes, zero, BITS, dtype)
+            b = steps_of(codes, tl.full((1, 1), ZERO, tl.float32), BITS, dtype)
         if GROUP:
             part = tl.dot(a, b, input_precision="ieee")
             acc += part * tl.load(scales + at, mask=n < columns, other=0.0).to(tl.float32)[None, :]
@@ -137,13 +152,20 @@ def dot(
     if BIAS:
         acc += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
     to = out + (split.to(tl.int64) * count + m[:, None]) * columns + n[None, :]
-    there = (m[:, None] < count) & (n[None, :] < columns)
-    tl.store(to, acc.to(out.dtype.element_ty), mask=there)
+    inside = (m[:, None] < count) & (n[None, :] < columns)
+    tl.store(to, acc.to(out.dtype.element_ty), mask=inside)
 
 
 def tile_key(count: int, weight: IntegerColumns, dtype: torch.dtype, *, fixed: bool = False) -> Key:
     """Fixed: the same for any number of rows."""
-    return product_key(count, *weight.shape, dtype, fixed=fixed, bits=weight.bits)
+    return product_key(
+        count,
+        *weight.shape,
+        dtype,
+        fixed=fixed,
+        bits=weight.bits,
+        table=int(weight.table is not None),
+    )
 
 
 def integer_linear(
@@ -177,11 +199,10 @@ def _vector(tile: Tile, x: Tensor, weight: IntegerColumns, bias: Tensor | None) 
     count, (outputs, inputs), size = x.shape[0], weight.shape, tile.constants
     out, parts = results(x, outputs, size["SPLIT"])
     vector[(cdiv(outputs, size["BLOCK_N"]), count, size["SPLIT"])](
-        x, weight.words, weight.scales, _zeros(weight), _bias(bias, x), parts, outputs, inputs,
-        weight.words.shape[0], x.stride(0), GROUP=weight.group, BITS=weight.bits,
-        ZERO=weight.zero, BIAS=bias is not None and parts is out, SPLIT=size["SPLIT"],
-        BLOCK_N=size["BLOCK_N"], BLOCK_K=size["BLOCK_K"], num_warps=tile.warps,
-        num_stages=tile.stages,
+        x, *_tensors(weight), _bias(bias, x), parts, outputs, inputs,
+        weight.words.shape[0], x.stride(0), **_form(weight),
+        BIAS=bias is not None and parts is out, SPLIT=size["SPLIT"], BLOCK_N=size["BLOCK_N"],
+        BLOCK_K=size["BLOCK_K"], num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out if parts is out else add_parts(parts, bias, out)
 
@@ -193,11 +214,10 @@ def _dot(tile: Tile, x: Tensor, weight: IntegerColumns, bias: Tensor | None) -> 
     out, parts = results(x, outputs, size["SPLIT"])
     grid = (cdiv(outputs, size["BLOCK_N"]), cdiv(count, size["BLOCK_M"]), size["SPLIT"])
     dot[grid](
-        x, weight.words, weight.scales, _zeros(weight), _bias(bias, x), parts, count, outputs,
-        inputs, weight.words.shape[0], x.stride(0), GROUP=weight.group, BITS=weight.bits,
-        ZERO=weight.zero, BIAS=bias is not None and parts is out, SPLIT=size["SPLIT"],
-        BLOCK_M=size["BLOCK_M"], BLOCK_N=size["BLOCK_N"], BLOCK_K=step, num_warps=tile.warps,
-        num_stages=tile.stages,
+        x, *_tensors(weight), _bias(bias, x), parts, count, outputs, inputs,
+        weight.words.shape[0], x.stride(0), **_form(weight),
+        BIAS=bias is not None and parts is out, SPLIT=size["SPLIT"], BLOCK_M=size["BLOCK_M"],
+        BLOCK_N=size["BLOCK_N"], BLOCK_K=step, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out if parts is out else add_parts(parts, bias, out)
 
@@ -220,8 +240,22 @@ def _dense(card: Card, x: Tensor, weight: IntegerColumns, bias: Tensor | None) -
     return out
 
 
-def _zeros(weight: IntegerColumns) -> Tensor:
-    return weight.zeros if isinstance(weight.zeros, Tensor) else weight.words
+def _tensors(weight: IntegerColumns) -> tuple[Tensor, ...]:
+    """In the order of the kernels' arguments; the words for what is not there."""
+    words = weight.words
+    thirds = words if weight.thirds is None else weight.thirds
+    table = words if weight.table is None else weight.table
+    zeros = weight.zeros if isinstance(weight.zeros, Tensor) else words
+    return words, thirds, table, weight.scales, zeros
+
+
+def _form(weight: IntegerColumns) -> dict[str, int | bool]:
+    return {
+        "GROUP": weight.group,
+        "BITS": weight.bits,
+        "ZERO": weight.zero,
+        "TABLE": weight.table is not None,
+    }
 
 
 def _bias(bias: Tensor | None, x: Tensor) -> Tensor:

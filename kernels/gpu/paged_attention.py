@@ -12,24 +12,15 @@ import triton.language as tl
 from torch import Tensor
 
 from infopt.kernels.attention.eight_bits import FP8
+from infopt.kernels.attention.scores import Scores
 from infopt.kernels.gpu.cache import decoded, layout_of
 from infopt.kernels.gpu.merge_splits import merge_splits
+from infopt.kernels.gpu.pages import pages_of
 from infopt.kernels.gpu.tile import Card, Key, Tile, power_of_two
 
 FIXED_SPLIT = 512
 """Keys that one program takes where results must not depend on the batch."""
 _LOG2E = 1.4426950408889634
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """What becomes of a query's products with the keys before the softmax."""
-
-    scale: float
-    window: int | None = None
-    """Tokens to look back on, itself included."""
-    cap: float | None = None
-    """Scores become cap * tanh(score / cap)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +45,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """Of a step whose requests guess: the queries of each are nodes of a tree."""
+    """Of a step whose requests guess: the queries of each are nodes of a tree.
+
+    `kernels.gpu.tree.plan_tree` makes it of each node's parent. A node sees all of the context
+    before its request's nodes, and of those the ones that are marked: its ancestors and itself.
+    """
 
     seen: Tensor
     """uint8 [T, width]: whether a query sees its request's j-th query; width >= any's number."""
@@ -140,13 +135,14 @@ def _slots(table, first, index, there, BLOCK_SIZE: tl.constexpr, N: tl.constexpr
 
 @triton.jit
 def _over_keys(
-    acc, total, highest, rows, cache, scales, table, tree_rows, begin, end, low, high, own, back,
-    past, scale, cap, token_stride, value_offset, scale_stride, values_after,
+    acc, total, highest, rows, cache, pages, head, scales, table, tree_rows, begin, end, low, high,
+    own, back, past, scale, cap, token_stride, value_offset, scale_stride, values_after,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, EVERY: tl.constexpr, TREE: tl.constexpr, WINDOW: tl.constexpr,
-    CAP: tl.constexpr, CODES: tl.constexpr, NATIVE: tl.constexpr,
+    CAP: tl.constexpr, CODES: tl.constexpr, NATIVE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Keys `begin` to `end`, BLOCK_N at a time; `EVERY`: all are there and seen by all rows."""
+    """Keys `begin` to `end`, BLOCK_N at a time; `EVERY`: all are there and seen by all rows, and
+    with `TMA` come by the tensor descriptor `pages`."""
     n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     wide = d < HEAD_DIM
     WHOLE: tl.constexpr = HEAD_DIM == BLOCK_D
@@ -155,7 +151,11 @@ def _over_keys(
         there = (index >= low) & (index < high)
         slot = _slots(table, first, index, there, BLOCK_SIZE, BLOCK_N)
         token = cache + slot * token_stride
-        codes = _load(token[None, :] + d[:, None], there[None, :], wide[:, None], EVERY, WHOLE)
+        if TMA and EVERY:
+            line = tl.load(table + first // BLOCK_SIZE) * BLOCK_SIZE + first % BLOCK_SIZE
+            codes = tl.trans(pages.load([line, head * HEAD_DIM]))
+        else:
+            codes = _load(token[None, :] + d[:, None], there[None, :], wide[:, None], EVERY, WHOLE)
         found = tl.dot(rows, _floats(codes, rows.dtype, CODES, NATIVE), input_precision="tf32x3")
         found *= scale
         if CODES != "":
@@ -184,8 +184,11 @@ def _over_keys(
         if CODES != "":
             at = scales + slot * scale_stride + values_after
             weights *= _load(at, there, there, EVERY, True)[None, :]
-        at = token[:, None] + value_offset + d[None, :]
-        codes = _load(at, there[:, None], wide[None, :], EVERY, WHOLE)
+        if TMA and EVERY:
+            codes = pages.load([line, value_offset + head * HEAD_DIM])
+        else:
+            at = token[:, None] + value_offset + d[None, :]
+            codes = _load(at, there[:, None], wide[None, :], EVERY, WHOLE)
         values = _floats(codes, rows.dtype, CODES, NATIVE)
         acc = tl.dot(
             weights.to(values.dtype), values, acc * kept[:, None], input_precision="tf32x3"
@@ -229,11 +232,11 @@ def _share(low, high, split, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, SPLIT_
 
 @triton.jit
 def _softmax(
-    rows, cache, scales, table, tree_rows, begin, end, low, high, all_low, all_high, own, back,
-    past, scale, cap, token_stride, value_offset, scale_stride, values_after,
+    rows, cache, pages, head, scales, table, tree_rows, begin, end, low, high, all_low, all_high,
+    own, back, past, scale, cap, token_stride, value_offset, scale_stride, values_after,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TREE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-    CODES: tl.constexpr, NATIVE: tl.constexpr,
+    CODES: tl.constexpr, NATIVE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Keys that some rows see, those that all see, and again those that some see."""
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -243,20 +246,21 @@ def _softmax(
     if WINDOW:
         middle = tl.minimum(tl.maximum(tl.cdiv(all_low, BLOCK_N) * BLOCK_N, begin), end)
         acc, total, highest = _over_keys(
-            acc, total, highest, rows, cache, scales, table, tree_rows, begin, middle, low, high,
-            own, back, past, scale, cap, token_stride, value_offset, scale_stride, values_after,
-            HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, False, TREE, WINDOW, CAP, CODES, NATIVE,
+            acc, total, highest, rows, cache, pages, head, scales, table, tree_rows, begin, middle,
+            low, high, own, back, past, scale, cap, token_stride, value_offset, scale_stride,
+            values_after, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, False, TREE, WINDOW, CAP, CODES,
+            NATIVE, TMA,
         )  # fmt: skip
     last = tl.maximum(tl.minimum(all_high // BLOCK_N * BLOCK_N, end), middle)
     acc, total, highest = _over_keys(
-        acc, total, highest, rows, cache, scales, table, tree_rows, middle, last, low, high,
-        own, back, past, scale, cap, token_stride, value_offset, scale_stride, values_after,
-        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, True, TREE, WINDOW, CAP, CODES, NATIVE,
+        acc, total, highest, rows, cache, pages, head, scales, table, tree_rows, middle, last, low,
+        high, own, back, past, scale, cap, token_stride, value_offset, scale_stride, values_after,
+        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, True, TREE, WINDOW, CAP, CODES, NATIVE, TMA,
     )  # fmt: skip
     return _over_keys(
-        acc, total, highest, rows, cache, scales, table, tree_rows, last, end, low, high,
-        own, back, past, scale, cap, token_stride, value_offset, scale_stride, values_after,
-        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, False, TREE, WINDOW, CAP, CODES, NATIVE,
+        acc, total, highest, rows, cache, pages, head, scales, table, tree_rows, last, end, low,
+        high, own, back, past, scale, cap, token_stride, value_offset, scale_stride, values_after,
+        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, False, TREE, WINDOW, CAP, CODES, NATIVE, TMA,
     )  # fmt: skip
 
 
@@ -268,13 +272,13 @@ _TABLES = ["tiles", "starts", "contexts", "tables", "tree", "positions"]
     do_not_specialize=["table_stride", "tree_stride"], do_not_specialize_on_alignment=_TABLES
 )
 def attend_tile(
-    query, out, parts, sums, cache, scales, tiles, starts, contexts, tables, tree, positions,
+    query, out, parts, sums, cache, pages, scales, tiles, starts, contexts, tables, tree, positions,
     scale, cap, window, query_stride, out_stride, table_stride, tree_stride,
     token_stride, value_offset, scale_stride,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SPLITS: tl.constexpr, SPLIT_KEYS: tl.constexpr, TREE: tl.constexpr, WINDOW: tl.constexpr,
-    CAP: tl.constexpr, CODES: tl.constexpr, NATIVE: tl.constexpr,
+    CAP: tl.constexpr, CODES: tl.constexpr, NATIVE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M // GROUP queries of one request, all heads of one key head, one split of the keys."""
     QUERIES: tl.constexpr = BLOCK_M // GROUP
@@ -300,10 +304,11 @@ def attend_tile(
     at = row * query_stride + of_head * HEAD_DIM
     rows = tl.load(query + at[:, None] + d[None, :], mask=stored, other=0.0)
     acc, total, highest = _softmax(
-        rows, cache + head * HEAD_DIM, scales + head, tables + request.to(tl.int64) * table_stride,
-        tree + row * tree_stride, begin, end, low, high, all_low, all_high, own, back, past, scale,
-        cap, token_stride, value_offset, scale_stride, KV_HEADS, HEAD_DIM, BLOCK_M, BLOCK_D,
-        BLOCK_N, BLOCK_SIZE, TREE, WINDOW, CAP, CODES, NATIVE,
+        rows, cache + head * HEAD_DIM, pages, head, scales + head,
+        tables + request.to(tl.int64) * table_stride, tree + row * tree_stride, begin, end, low,
+        high, all_low, all_high, own, back, past, scale, cap, token_stride, value_offset,
+        scale_stride, KV_HEADS, HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_N, BLOCK_SIZE, TREE, WINDOW, CAP,
+        CODES, NATIVE, TMA,
     )  # fmt: skip
     some = tl.where(total > 0, total, 1.0)  # a row may have seen none of this split's keys
     found = acc / some[:, None]
@@ -368,14 +373,15 @@ def paged_attention(
     Softmax and sums are in float32.
     """
     _, heads, head_dim = query.shape
-    layout = layout_of(cache, kv_heads, head_dim)
-    splits = part.splits
+    layout, splits = layout_of(cache, kv_heads, head_dim), part.splits
     parts, sums = out, out
     if splits > 1:
         parts = query.new_empty((len(query), heads, splits, head_dim), dtype=torch.float32)
         sums = query.new_empty((len(query), heads, splits), dtype=torch.float32)
+    pages = pages_of(card, tile, cache, head_dim)
     attend_tile[(len(part.tiles), kv_heads, splits)](
-        query, out, parts, sums, cache, layout.scales if layout.scales is not None else cache,
+        query, out, parts, sums, cache, cache if pages is None else pages,
+        layout.scales if layout.scales is not None else cache,
         part.tiles, part.starts, part.contexts, part.tables,
         tree.seen if tree is not None else part.tables,
         tree.positions if tree is not None else part.tables,
@@ -387,7 +393,8 @@ def paged_attention(
         BLOCK_D=power_of_two(head_dim, 16), BLOCK_SIZE=layout.block_size,
         SPLITS=splits, SPLIT_KEYS=FIXED_SPLIT if part.fixed else 0,
         TREE=tree is not None, WINDOW=scores.window is not None, CAP=scores.cap is not None,
-        CODES=_CODES.get(cache.dtype, ""), NATIVE=card.capability >= 89, **tile.options(),
+        CODES=_CODES.get(cache.dtype, ""), NATIVE=card.capability >= 89,
+        **{**tile.options(), "TMA": pages is not None},
     )  # fmt: skip
     if splits > 1:
         merge_splits(parts, sums, out)

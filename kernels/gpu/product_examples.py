@@ -1,6 +1,6 @@
 """Products as models launch them: a token, a batch of tokens, a piece of a prompt."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,12 +22,24 @@ def integer_weight(
 ) -> IntegerColumns:
     """Codes at random, scales near 1."""
     groups = k // (group or k)
-    words = torch.empty(cdiv(k * bits, WORD), n, dtype=torch.int32, device=device)
+    words = torch.empty(
+        cdiv(k * (2 if bits == 3 else bits), WORD), n, dtype=torch.int32, device=device
+    )
+    thirds = torch.empty(cdiv(k, WORD), n, dtype=torch.int32, device=device) if bits == 3 else None
     codes: Tensor | int = 1 << (bits - 1)
     if zeros:
         codes = torch.full((groups, n), 1 << (bits - 1), dtype=torch.uint8, device=device)
     scales = torch.rand(groups, n, device=device).add_(0.5).to(F16)
-    return IntegerColumns(words.random_(), scales, codes, bits, k)
+    if thirds is not None:
+        thirds.random_()
+    return IntegerColumns(words.random_(), scales, codes, bits, k, thirds)
+
+
+def float4_weight(n: int, k: int, device: torch.device) -> IntegerColumns:
+    """The same with the values of a table, as NormalFloat's are, in blocks of 64."""
+    weight = integer_weight(n, k, 4, 64, False, device)
+    table = torch.linspace(-1, 1, 16, device=device)
+    return replace(weight, scales=weight.scales.float(), zeros=0, table=table)
 
 
 def float8_weight(n: int, k: int, blocks: bool, device: torch.device) -> Fp8Matrix:
@@ -46,15 +58,21 @@ class _Shape:
     zeros: bool = False
     dtype: torch.dtype = BF16
     fixed: bool = False
+    table: bool = False
+
+    def weight(self, device: torch.device) -> IntegerColumns:
+        if self.table:
+            return float4_weight(*self.nk, device)
+        return integer_weight(*self.nk, self.bits, self.group, self.zeros, device)
 
 
 def _integers(name: str, shape: _Shape, wants: tuple[str, ...] = ()) -> Example:
     def build(device: torch.device) -> Launch:
-        weight = integer_weight(*shape.nk, shape.bits, shape.group, shape.zeros, device)
+        weight = shape.weight(device)
         x = torch.ones(shape.m, shape.nk[1], dtype=shape.dtype, device=device)
         return lambda card: integer_product.integer_linear(card, x, weight, None, fixed=shape.fixed)
 
-    weight = integer_weight(*shape.nk, shape.bits, shape.group, shape.zeros, torch.device("meta"))
+    weight = shape.weight(torch.device("meta"))
     key = integer_product.tile_key(shape.m, weight, shape.dtype, fixed=shape.fixed)
     candidates = _integer_candidates(shape) if not shape.fixed else ()
     return Example(f"integers, {name}", "integer_product", key, build, candidates, wants)
@@ -187,12 +205,22 @@ EXAMPLES = (
     _integers("a token, zeros", _Shape(1, zeros=True)),
     _integers("a token, 8 bits by channel", _Shape(1, bits=8, group=None)),
     _integers("a token, 2 bits", _Shape(1, bits=2)),
+    _integers("a token, 3 bits", _Shape(1, bits=3)),
+    _integers("a token, NormalFloat", _Shape(1, table=True)),
     _integers("a token, float16, wide", _Shape(1, _WIDE, dtype=F16)),
     _integers("a token, float32", _Shape(1, dtype=F32)),
     _integers("16 tokens", _Shape(16), ("HMMA",)),
     _integers("16 tokens, zeros", _Shape(16, zeros=True), ("HMMA",)),
     _integers("16 tokens, wide, groups of 32", _Shape(16, _WIDE, group=32), ("HMMA",)),
     _integers("16 tokens, 8 bits by channel", _Shape(16, bits=8, group=None), ("HMMA",)),
+    _integers("16 tokens, 3 bits", _Shape(16, bits=3, zeros=True), ("HMMA",)),
+    _integers("16 tokens, NormalFloat", _Shape(16, table=True), ("HMMA",)),
+    _integers("64 tokens, wide, 3 bits", _Shape(64, _WIDE, bits=3), ("HGMMA",)),
+    _integers("64 tokens, wide, NormalFloat", _Shape(64, _WIDE, table=True), ("HGMMA",)),
+    _integers("a prompt, dequantized, 3 bits", _Shape(2048, bits=3)),
+    _integers("a prompt, dequantized, NormalFloat", _Shape(2048, table=True)),
+    _integers("fixed, NormalFloat", _Shape(40, table=True, fixed=True), ("HMMA",)),
+    _integers("fixed, float32, NormalFloat", _Shape(40, table=True, dtype=F32, fixed=True)),
     _integers("16 tokens, float16", _Shape(16, dtype=F16), ("HMMA",)),
     _integers("32 tokens, 8 bits", _Shape(32, bits=8), ("HMMA",)),
     _integers("64 tokens", _Shape(64), ("HGMMA",)),

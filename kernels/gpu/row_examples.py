@@ -21,7 +21,7 @@ def _example(
     name: str,
     kernel: str,
     columns: int,
-    launch: Callable[[Card, Tensor], object],
+    launch: Callable[[Card, Tensor, Tensor], object],
     candidates: tuple[Tile, ...] = (),
     *,
     rows: int = 2048,
@@ -29,66 +29,67 @@ def _example(
     dtype: torch.dtype = BF16,
     since: int = 80,
 ) -> Example:
-    """`wide`: how many times as wide as the result a row is."""
+    """`wide`: how many times as wide as the result a row is; with a row goes a norm's weight."""
 
     def build(device: torch.device) -> Launch:
         x = torch.ones(rows, wide * columns, dtype=dtype, device=device)
-        return lambda card: launch(card, x)
+        gain = torch.ones(x.shape[1], dtype=dtype, device=device)
+        return lambda card: launch(card, x, gain)
 
     key: Key = {"columns": columns}
     return Example(name, kernel, key, build, candidates, since=since)
 
 
-def _gain(x: Tensor) -> Tensor:
-    return torch.ones(x.shape[1], dtype=x.dtype, device=x.device)
+def _sample(name: str, columns: int, dtype: torch.dtype) -> Example:
+    def build(device: torch.device) -> Launch:
+        rows = 32
+        logits = torch.ones(rows, columns, dtype=dtype, device=device)
+        how = Choosing(
+            temperature=torch.full((rows,), 0.8, device=device),
+            top_k=torch.full((rows,), 50, dtype=torch.int32, device=device),
+            top_p=torch.full((rows,), 0.9, device=device),
+            log_min_p=torch.full((rows,), -10.0, device=device),
+            uniform=torch.full((rows,), 0.5, device=device),
+        )
+        if device.type != "meta":  # else all are equal, and no search is needed
+            logits.normal_()
+        return lambda card: sample(card, logits, how)
 
-
-def _sampled(card: Card, logits: Tensor) -> Tensor:
-    rows, device = len(logits), logits.device
-    how = Choosing(
-        temperature=torch.full((rows,), 0.8, device=device),
-        top_k=torch.full((rows,), 50, dtype=torch.int32, device=device),
-        top_p=torch.full((rows,), 0.9, device=device),
-        log_min_p=torch.full((rows,), -10.0, device=device),
-        uniform=torch.full((rows,), 0.5, device=device),
-    )
-    return sample(card, logits, how)
+    sizes = ((b, w) for b in (1024, 2048, 4096, 8192) for w in (4, 8, 16, 32))
+    candidates = tuple(Tile({"BLOCK": block}, warps, 1) for block, warps in sizes)
+    return Example(name, "sample", {"columns": columns}, build, candidates)
 
 
 EXAMPLES = (
-    _example("norm", "row", 4096, lambda c, x: rms_norm(c, x, _gain(x), 1e-5), _ROWS),
-    _example("norm, narrow", "row", 576, lambda c, x: rms_norm(c, x, _gain(x), 1e-5), _ROWS),
-    _example("norm, wide", "row", 16384, lambda c, x: rms_norm(c, x, _gain(x), 1e-5, x), _ROWS),
-    _example("norm and sum", "row", 4096, lambda c, x: rms_norm(c, x, _gain(x), 1e-5, x)),
+    _example("norm", "row", 4096, lambda c, x, g: rms_norm(c, x, g, 1e-5), _ROWS),
+    _example("norm, narrow", "row", 576, lambda c, x, g: rms_norm(c, x, g, 1e-5), _ROWS),
+    _example("norm, wide", "row", 16384, lambda c, x, g: rms_norm(c, x, g, 1e-5, x), _ROWS),
+    _example("norm and sum", "row", 4096, lambda c, x, g: rms_norm(c, x, g, 1e-5, x)),
     _example(
-        "norm to int8", "row", 4096, lambda c, x: rms_norm_rounded(c, x, _gain(x), 0.1, _INT8)
+        "norm to int8", "row", 4096, lambda c, x, g: rms_norm_rounded(c, x, g, 0.1, _INT8)
     ),
     _example(
         "norm and sum to float8", "row", 8192,
-        lambda c, x: rms_norm_rounded(c, x, _gain(x), 0.1, _FLOAT8, x), since=89,
+        lambda c, x, g: rms_norm_rounded(c, x, g, 0.1, _FLOAT8, x), since=89,
     ),
-    _example("rows to int8", "row", 14336, lambda c, x: round_rows(c, x, _INT8), _ROWS),
+    _example("rows to int8", "row", 14336, lambda c, x, _: round_rows(c, x, _INT8), _ROWS),
     _example(
         "rows to int8, outliers", "row", 4096,
-        lambda c, x: round_rows(c, x, Rounding(torch.int8, 127.0, 6.0)),
+        lambda c, x, _: round_rows(c, x, Rounding(torch.int8, 127.0, 6.0)),
     ),
-    _example("rows to float8", "row", 28672, lambda c, x: round_rows(c, x, _FLOAT8), since=89),
+    _example("rows to float8", "row", 28672, lambda c, x, _: round_rows(c, x, _FLOAT8), since=89),
     _example(
-        "gate", "gate", 14336, lambda c, x: gate(c, x, SILU),
+        "gate", "gate", 14336, lambda c, x, _: gate(c, x, SILU),
         tuple(Tile({"BLOCK": b}, w, 1) for b in (512, 1024, 2048, 4096) for w in (4, 8)), wide=2,
     ),
-    _example("gate, gelu", "gate", 14336, lambda c, x: gate(c, x, GELU), wide=2, dtype=F32),
+    _example("gate, gelu", "gate", 14336, lambda c, x, _: gate(c, x, GELU), wide=2, dtype=F32),
     _example(
-        "gate to int8", "row", 14336, lambda c, x: gate_rounded(c, x, SILU, _INT8), wide=2
+        "gate to int8", "row", 14336, lambda c, x, _: gate_rounded(c, x, SILU, _INT8), wide=2
     ),
     _example(
-        "gate to float8", "row", 28672, lambda c, x: gate_rounded(c, x, GELU_TANH, _FLOAT8),
+        "gate to float8", "row", 28672, lambda c, x, _: gate_rounded(c, x, GELU_TANH, _FLOAT8),
         wide=2, since=89,
     ),
-    _example(
-        "sample", "sample", 128_256, _sampled,
-        tuple(Tile({"BLOCK": b}, w, 1) for b in (1024, 2048, 4096, 8192) for w in (4, 8, 16, 32)),
-        rows=32, dtype=F32,
-    ),
-    _example("sample, bfloat16", "sample", 49_152, _sampled, rows=32),
+    _sample("sample", 128_256, F32),
+    _sample("sample, bfloat16", 49_152, BF16),
 )  # fmt: skip

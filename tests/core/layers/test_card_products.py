@@ -9,6 +9,7 @@ from torch import Tensor
 
 from infopt.core.formats.activation import ActivationFormat
 from infopt.core.formats.fp8 import Fp8Format, to_fp8
+from infopt.core.formats.nf4 import Nf4Format, quantize_nf4
 from infopt.core.formats.number import IntegerFormat, QuantizedWeight
 from infopt.core.layers.fuse import SideBySide
 from infopt.core.layers.int8 import Int8Linear
@@ -56,6 +57,13 @@ def integers(
     return found
 
 
+def nf4(dtype: torch.dtype, *, double: bool = True, inputs: int = INPUTS) -> QuantizedLinear:
+    weight = quantize_nf4(torch.randn(OUTPUTS, inputs), Nf4Format(double))
+    found = pack(weight, None, dtype=dtype, device=CPU, scratch=Scratch())
+    assert found is not None
+    return found
+
+
 def float8(strategy: str, dtype: torch.dtype) -> QuantizedLinear:
     form = Fp8Format(strategy)  # type: ignore[arg-type]
     weight = to_fp8(torch.randn(OUTPUTS, INPUTS), form)
@@ -75,6 +83,13 @@ LAYERS = {
     "4 bits, columns mixed": lambda dtype: integers(4, 32, dtype, mixed=True),
     "8 bits": lambda dtype: integers(8, None, dtype),
     "2 bits": lambda dtype: integers(2, 32, dtype),
+    "3 bits": lambda dtype: integers(3, 64, dtype),
+    "3 bits, zeros, columns mixed": lambda dtype: integers(
+        3, 128, dtype, symmetric=False, mixed=True
+    ),
+    "NormalFloat": nf4,
+    "NormalFloat, absmax as they are": lambda dtype: nf4(dtype, double=False),
+    "NormalFloat, side by side": lambda dtype: SideBySide((nf4(dtype), nf4(dtype))),
     "float8, tensor": lambda dtype: float8("tensor", dtype),
     "float8, channel": lambda dtype: float8("channel", dtype),
     "float8, block": lambda dtype: float8("block", dtype),
@@ -135,7 +150,7 @@ def test_integers_are_as_torch_has_them_to_the_last_bit(card: Card) -> None:
 def test_what_has_no_kernel_stays_torchs(card: Card) -> None:
     from infopt.core.layers.card_products import CardChoice, card_product
 
-    for layer in (Linear(torch.ones(4, 8)), integers(3, 64, F32), integers(4, 16, F32)):
+    for layer in (Linear(torch.ones(4, 8)), integers(4, 16, F32), nf4(F32, inputs=96)):
         assert card_product(card, layer) is layer
     norm = LayerNorm(torch.ones(4), torch.ones(4), 1e-5)
     assert CardChoice(card).norm(norm) is norm
@@ -150,6 +165,16 @@ def test_older_cards_multiply_rounded_inputs_in_16_bits() -> None:
     assert isinstance(found, RoundedLinear) and isinstance(found.linear, CardFp8)
     x = torch.randn(5, INPUTS).bfloat16()
     torch.testing.assert_close(found(x), layer(x), atol=1.0, rtol=1.6e-2)
+
+
+def test_normal_floats_side_by_side_are_one_product(card: Card) -> None:
+    from infopt.core.layers.card_products import CardIntegers, card_product
+
+    parts = tuple(nf4(F32) for _ in range(3))
+    found = card_product(card, SideBySide(parts))
+    assert isinstance(found, CardIntegers) and found.weight.shape == (3 * OUTPUTS, INPUTS)
+    mixed = card_product(card, SideBySide((nf4(F32), integers(4, 64, F32))))
+    assert isinstance(mixed, SideBySide)
 
 
 def test_rows_of_fixed_layers_do_not_depend_on_one_another(card: Card) -> None:

@@ -150,3 +150,31 @@ def test_a_gpu_replays_what_torch_computes(
             assert stats.not_replayed is None and stats.replayed > 0
     if dtype == "float32":
         assert found["native"] == found["torch"]
+
+
+@pytest.mark.gpu
+def test_a_gpu_goes_a_step_ahead_and_answers_the_same(tiny_reference: tuple[Artifact, Any]) -> None:
+    """Tokens gathered on the device, read from pinned memory behind an event; stops a step late."""
+    found = []
+    for ahead in (False, True):
+        settings = EngineSettings(
+            device="cuda", dtype="bfloat16", kernels="native", block_size=4, kv_blocks=64,
+            deterministic=True,
+        )  # fmt: skip
+        engine = Engine.load(tiny_reference[0], settings)
+        assert engine._runner.ahead
+        engine._runner.ahead = ahead
+        for number, prompt in enumerate(PROMPTS):
+            params = SamplingParams(
+                temperature=0.8 * (number > 0), seed=number, max_tokens=20, ignore_eos=True,
+                stop_token_ids=tuple(range(4 * number)),
+            )  # fmt: skip
+            engine.add(str(number), prompt, params)
+        told: dict[str, list[Any]] = {}
+        while engine.has_work():
+            for output in engine.step():
+                told.setdefault(output.request_id, []).extend(output.token_ids)
+            engine.check()
+        found.append(told)
+        assert engine.stats().blocks_used == 0
+    assert found[0] == found[1]

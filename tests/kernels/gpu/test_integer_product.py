@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from infopt.kernels.gpu.integer_columns import (
     IntegerColumns,
     chunks,
     dequantized,
+    joined,
     pack_columns,
     packable_columns,
 )
@@ -39,6 +41,7 @@ class Case:
     dtype: torch.dtype = F32
     scales: torch.dtype = F16
     bias: bool = False
+    table: bool = False
     split: int = 1
     block_m: int = 16
     block_n: int = 16
@@ -59,16 +62,18 @@ def make(case: Case, device: torch.device) -> tuple[Tensor, IntegerColumns, Tens
     wide = torch.full((case.m, case.k + 8), torch.nan, dtype=case.dtype)
     wide[:, : case.k] = torch.randn(case.m, case.k)
     bias = torch.randn(case.n).to(case.dtype) if case.bias else None
-    there = zeros.repeat_interleave(case.k // case.groups, 1) if case.zeros else zeros
+    table = torch.rand(top) * 2 - 1 if case.table else None
+    if table is not None:
+        zeros = 0
+    there = zeros if isinstance(zeros, int) else zeros.repeat_interleave(case.k // case.groups, 1)
     spread = scales.double().repeat_interleave(case.k // case.groups, 1)
-    whole = (codes.double() - (there.double() if isinstance(there, Tensor) else there)) * spread
-    weight = pack_columns(codes, scales, zeros, case.bits)
-    weight = replace(
-        weight,
-        words=weight.words.to(device),
-        scales=weight.scales.to(device),
-        zeros=weight.zeros if isinstance(weight.zeros, int) else weight.zeros.to(device),
-    )
+    steps = codes.double() if table is None else table.double()[codes.int()]
+    whole = (steps - (there.double() if isinstance(there, Tensor) else there)) * spread
+    weight = pack_columns(codes, scales, zeros, case.bits, table)
+    names = ("words", "scales", "zeros", "thirds", "table")
+    held = {name: getattr(weight, name) for name in names}
+    moved = {name: part.to(device) for name, part in held.items() if isinstance(part, Tensor)}
+    weight = replace(weight, **moved)
     x = wide.to(device)[:, : case.k]
     return x, weight, None if bias is None else bias.to(device), whole.to(device)
 
@@ -95,6 +100,10 @@ CASES = {
     "vector, zeros": Case(VECTOR, zeros=True, bias=True),
     "vector, 8 bits": Case(VECTOR, bits=8, zeros=True, block_n=8),
     "vector, 2 bits": Case(VECTOR, bits=2, zeros=True, block_k=64),
+    "vector, 3 bits": Case(VECTOR, bits=3, zeros=True, block_k=64),
+    "vector, 3 bits, end": Case(VECTOR, bits=3, groups=1, k=101, split=2, dtype=BF16),
+    "vector, table": Case(VECTOR, table=True, bias=True, scales=F32),
+    "vector, table, end": Case(VECTOR, table=True, groups=1, k=101, split=2, dtype=F16),
     "vector, channel": Case(VECTOR, groups=1, k=101, bits=8, scales=BF16),
     "vector, split": Case(VECTOR, k=200, groups=1, split=3, bias=True, scales=F32),
     "vector, rows": Case(VECTOR, m=3, dtype=BF16, split=2),
@@ -106,12 +115,21 @@ CASES = {
     "dot, 8 bits": Case(DOT, m=4, bits=8, dtype=BF16, zeros=True),
     "dot, 8 bits, float16": Case(DOT, m=4, bits=8, dtype=F16, zeros=True, groups=1),
     "dot, 2 bits": Case(DOT, m=4, bits=2, dtype=BF16, zeros=True),
+    "dot, 3 bits": Case(DOT, m=4, bits=3, dtype=BF16, zeros=True),
+    "dot, 3 bits, end": Case(DOT, m=19, bits=3, dtype=F16, k=101, groups=1, bias=True),
+    "dot, 3 bits, float32": Case(DOT, m=2, bits=3, split=2, n=33, zeros=True),
+    "dot, table": Case(DOT, m=4, table=True, dtype=BF16, scales=F32),
+    "dot, table, end": Case(DOT, m=17, table=True, dtype=F16, k=101, groups=1, split=2),
+    "dot, table, float32": Case(DOT, m=2, table=True, bias=True),
     "dot, channel": Case(DOT, m=4, k=101, groups=1, bias=True, dtype=BF16, scales=BF16),
     "dot, split": Case(DOT, m=3, k=224, groups=7, split=3, bias=True, dtype=BF16),
     "dot, more parts than steps": Case(DOT, m=3, k=64, groups=2, split=4, dtype=F16),
     "dot, groups of 96": Case(DOT, m=3, k=288, groups=3, dtype=BF16, block_k=64),
     "dense": Case(DENSE, m=19, zeros=True),
     "dense, bias": Case(DENSE, m=6, bits=8, dtype=BF16, bias=True),
+    "dense, 3 bits": Case(DENSE, m=7, bits=3, zeros=True, dtype=BF16, n=33),
+    "dense, 3 bits, end": Case(DENSE, m=7, bits=3, k=101, groups=1),
+    "dense, table": Case(DENSE, m=7, table=True, dtype=F16, scales=F32),
     "dense, channel": Case(DENSE, m=6, k=101, groups=1, dtype=F16, bits=2),
 }  # fmt: skip
 
@@ -122,10 +140,15 @@ def test_kernel_equals_reference(name: str, device: torch.device, card: Card) ->
 
 
 MUTATIONS = {
-    "the upper codes": ("there = words >> (LOWER * BITS)", "there = words >> BITS", "dense"),
-    "a place": ("BITS)\n    return PLACE", "BITS)\n    return 2 * PLACE", "dense"),
+    "the upper codes": ("there = words >> (LOWER * WIDTH)", "there = words >> WIDTH", "dense"),
+    "a place": ("WIDTH)\n    return PLACE", "WIDTH)\n    return 2 * PLACE", "dense"),
+    "the third bit": ("third << (AT + 2 - J)", "third << (AT + 1 - J)", "dense, 3 bits"),
+    "the upper third bits": ("third >> (J - AT - 2)", "third >> (J - AT - 1)", "dense, 3 bits"),
+    "a word's third bits": ("(w[:, None] % 2 * 16)", "(w[:, None] % 2 * 8)", "dense, 3 bits"),
+    "the table": ("table + ((q >> (j * BITS))", "table + ((q >> j)", "dense, table"),
+    "an output's third bits": ("weight.thirds[:, first:]", "weight.thirds", "chunks, 3 bits"),
     "the group": ("group = w * PER // GROUP if", "group = w // GROUP if", "dense"),
-    "an output": ("words[:, first:], weight", "words, weight", "chunks"),
+    "an output": ("weight.words[:, first:]", "weight.words", "chunks"),
 }
 
 
@@ -141,8 +164,8 @@ def test_a_weight_that_is_wrong_is_found(
     wrong = mutated(integer_columns, text, other)
     monkeypatch.setattr(module, "dequantized", wrong.dequantized)
     with pytest.raises(AssertionError, match="not close"):
-        if case == "chunks":
-            check_chunks(device, card, monkeypatch)
+        if case.startswith("chunks"):
+            check_chunks(device, card, monkeypatch, bits=3 if "3 bits" in case else 4)
         else:
             check(CASES[case], device, card)
 
@@ -151,14 +174,18 @@ PRODUCTS = {
     "vector's group": ("group = w * PER // GROUP if", "group = w // GROUP if", "vector, zeros"),
     "vector's end of x": ("mask=k < inputs, other", "mask=k >= 0, other", "vector, channel"),
     "vector's parts": ("split * BLOCK_W, rows", "split, rows", "vector, split"),
-    "dot's shifts": ("places = tl.arange(0, PER) * BITS", "places = tl.arange(0, PER) * 2", "dot"),
+    "dot's shifts": ("(places * WIDTH)[None", "(places * 2)[None", "dot"),
+    "dot's third bits": ("places[None, :, None]) & 1) << 2", "places[None, :, None]) & 1) << 1",
+                         "dot, 3 bits"),
+    "dot's table": ("flat = tl.gather(values, tl", "flat = 1 + tl.gather(values, tl", "dot, table"),
+    "vector's table": ("table + ((q >> (j * BITS))", "table + ((q >> j)", "vector, table"),
     "dot's magic": ("(zero + 128.0)", "(zero + 127.0)", "dot, bfloat16, zeros"),
     "dot's magic, float16": ("(zero + 1024.0)", "(zero + 1023.0)", "dot, float16, zeros"),
     "dot's group": ("(first // GROUP if", "(first // (2 * GROUP) if", "dot"),
     "dot's steps": ("weight.group & -weight.group or", "0 or", "dot, groups of 96"),
     "dot's columns": ("(k[None, :] < inputs)", "(k[None, :] >= 0)", "dot, channel"),
-    "the bias": ("BIAS=bias is not None and parts is out, SPLIT=size[\"SPLIT\"],\n        BLOCK_N",
-                 "BIAS=bias is not None, SPLIT=size[\"SPLIT\"],\n        BLOCK_N", "vector, split"),
+    "the bias": ('BIAS=bias is not None and parts is out, SPLIT=size["SPLIT"], BLOCK_N',
+                 'BIAS=bias is not None, SPLIT=size["SPLIT"], BLOCK_N', "vector, split"),
     "the dense chunk": ("view(inputs, width), part.start", "view(inputs, width), 0", "chunks"),
 }  # fmt: skip
 
@@ -185,16 +212,18 @@ def check_chunks(
     card: Card,
     monkeypatch: pytest.MonkeyPatch,
     kernels: ModuleType = module,
+    bits: int = 4,
 ) -> None:
     monkeypatch.setattr(integer_columns, "_CHUNK", 96 * 20)
-    case = Case(DENSE, m=5, n=50, zeros=True, bias=True)
+    case = Case(DENSE, m=5, n=50, bits=bits, zeros=True, bias=True)
     check(case, device, card, kernels)
 
 
 def test_a_large_weight_is_dequantized_in_chunks(
     device: torch.device, card: Card, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_chunks(device, card, monkeypatch)
+    for bits in (3, 4):
+        check_chunks(device, card, monkeypatch, bits=bits)
     assert list(chunks(50, 96)) == [slice(0, 32), slice(32, 50)]
 
 
@@ -214,7 +243,7 @@ def test_numbers_are_rounded_once(dtype: torch.dtype, device: torch.device, card
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_rows_of_a_fixed_product_do_not_depend_on_one_another(
     bits: int, dtype: torch.dtype, device: torch.device, card: Card
 ) -> None:
@@ -238,7 +267,7 @@ def test_every_number_of_rows_has_its_way(m: int, device: torch.device, card: Ca
 def test_what_can_be_packed() -> None:
     assert packable_columns(4, 4096, 32) and packable_columns(8, 101, 1)
     assert not packable_columns(4, 96, 6)  # groups of 16
-    assert not packable_columns(3, 96, 1)
+    assert packable_columns(3, 96, 1) and not packable_columns(5, 96, 1)
     assert not packable_columns(4, 100, 3)
 
 
@@ -256,3 +285,19 @@ def test_parts_are_added(dtype: torch.dtype, device: torch.device) -> None:
     parts.add_parts(numbers, bias, out)
     wanted = parts.reference(numbers, bias)
     torch.testing.assert_close(out.double(), wanted, atol=TOLERANCE[dtype] * 5, rtol=0)
+
+
+@pytest.mark.parametrize("more", [{}, {"bits": 3, "zeros": True}, {"table": True}])
+def test_weights_that_are_packed_alike_are_joined(
+    more: dict[str, Any], device: torch.device, card: Card
+) -> None:
+    x, one, _, whole = make(Case(DOT, m=3, **more), device)
+    other = replace(one, scales=one.scales * 2)
+    both = joined([one, other])
+    assert both is not None
+    torch.testing.assert_close(integer_columns.reference(both), torch.cat([whole, 2 * whole]))
+    found = module.with_tile(card, tile_of(Case(DOT)), x, both, None)
+    wanted = x.double() @ torch.cat([whole, 2 * whole]).t()
+    torch.testing.assert_close(found.double(), wanted, atol=1e-4, rtol=0)
+    assert joined([one, replace(one, zeros=3)]) is None
+    assert joined([one, replace(one, table=torch.ones(16, device=device))]) is None

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from infopt.kernels.attention.eight_bits import encode
+from infopt.kernels.attention.scores import Scores
 from infopt.kernels.gpu import paged_attention as module
 from infopt.kernels.gpu.cache import layout_of, new_cache
-from infopt.kernels.gpu.paged_attention import FIXED_SPLIT, Part, Scores, Tree, reference
+from infopt.kernels.gpu.paged_attention import FIXED_SPLIT, Part, Tree, reference
 from infopt.kernels.gpu.plan import plan_part
 from infopt.kernels.gpu.tile import Card, Tile
 
@@ -38,6 +39,7 @@ class Case:
     window: int | None = None
     cap: float | None = None
     tree: bool = False
+    tma: bool = False
     block_m: int = 16
     block_n: int = 16
     splits: int = 1
@@ -92,7 +94,8 @@ def make(case: Case, device: torch.device, card: Card) -> Made:
         slots = [table[p // case.block_size] * case.block_size + p % case.block_size for p in at]
         write(cache, slots, torch.randn(len(at), 2 * case.kv_heads, case.head_dim), held)
     new, contexts = [list(part) for part in zip(*case.requests, strict=True)]
-    tile = Tile({"BLOCK_M": case.block_m, "BLOCK_N": case.block_n}, 4, 2)
+    sizes = {"BLOCK_M": case.block_m, "BLOCK_N": case.block_n}
+    tile = Tile({**sizes, "TMA": 1} if case.tma else sizes, 4, 2)
     part = plan_part(
         card, tile, tables, contexts, new, heads=case.kv_heads * case.group,
         kv_heads=case.kv_heads, device=device, fixed=case.fixed,
@@ -175,6 +178,11 @@ CASES = {
     "splits of a chunk": Case([(6, 90)], splits=2, block_m=32),
     "splits and window": Case([(1, 200), (3, 130)], splits=4, window=50),
     "splits of float8": Case([(1, 100), (1, 3)], splits=4, dtype=BF16, held=FP8, head_dim=80),
+    "descriptors": Case([(7, 70), (40, 40)], block_size=32, tma=True),
+    "descriptors, bfloat16": Case([(1, 64), (33, 95)], block_size=16, tma=True, dtype=BF16),
+    "descriptors, window": Case([(20, 80)], block_size=16, tma=True, window=40, splits=2),
+    "descriptors, small blocks": Case([(9, 40)], tma=True),
+    "descriptors, 8 bits": Case([(9, 64)], block_size=16, tma=True, held=INT8),
     "tree": Case([(5, 40), (1, 8), (9, 9)], tree=True),
     "tree, many tiles": Case([(13, 60), (4, 5)], tree=True, group=4, splits=2),
     "tree, window": Case([(6, 60), (3, 20)], tree=True, window=9),
@@ -231,10 +239,12 @@ MUTATIONS = {
         "chunks",
     ),
     "a large block": (
-        "table + first // BLOCK_SIZE)",
-        "table + 0 * first)",
+        "table + first // BLOCK_SIZE).to",
+        "table + 0 * first).to",
         "blocks larger than tiles",
     ),
+    "a descriptor's line": (" * BLOCK_SIZE + first % BLOCK_SIZE", " * BLOCK_SIZE", "descriptors"),
+    "a descriptor's values": ("[line, value_offset + head", "[line, head", "descriptors"),
     "causality": ("index[None, :] <= own[:, None]", "index[None, :] < own[:, None]", "a prompt"),
     "the window's edge": (
         "near = index[None, :] > back",
