@@ -102,7 +102,7 @@ async def _serve(
 ) -> None:
     progress(Progress("loading the engine", note=artifact.name))
     with stop_signals() as stop:
-        tokenizer = asyncio.create_task(asyncio.to_thread(artifact.tokenizer))  # meanwhile
+        tokenizer = asyncio.create_task(asyncio.to_thread(artifact.text_tokenizer))  # meanwhile
         async with _supervised(artifact, settings, house, stop, progress) as supervisor:
             limits = await supervisor.limits
             await _warm_up(supervisor, limits.max_model_len)
