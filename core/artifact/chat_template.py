@@ -69,7 +69,7 @@ def _refuse(message: str) -> None:
 
 
 def _now(form: str) -> str:
-    return datetime.now().strftime(form)  # noqa: DTZ005, the user's own clock
+    return datetime.now().strftime(form)
 
 
 def _to_json(

@@ -14,7 +14,15 @@ from transformers import AutoTokenizer
 from infopt.core.artifact.chat_template import render_template
 from infopt.core.artifact.plain_tokenizer import FAMILIES, PlainTokenizer, plain_tokenizer
 
-TEXTS = ("hello  world", "<s>user\nhi</s>", "日本語 é \u200b 123", " lead", "", "a\n\n\nb\t", "<s></s>")
+TEXTS = (
+    "hello  world",
+    "<s>user\nhi</s>",
+    "日本語 é \u200b 123",
+    " lead",
+    "",
+    "a\n\n\nb\t",
+    "<s></s>",
+)
 CHAT = (
     "{%- for m in messages %}\n{{ bos_token }}{{ m['role'] }}: {{ m['content'] | trim }}\n"
     "{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}"
