@@ -195,6 +195,14 @@ Kernels = Annotated[
         show_default="auto",
     ),
 ]
+RepackCache = Annotated[
+    bool | None,
+    typer.Option(
+        "--repack-cache/--no-repack-cache",
+        help="Keep weights beside the model as native kernels read them, for the next start.",
+        show_default="repack-cache",
+    ),
+]
 Deterministic = Annotated[
     bool | None,
     typer.Option(

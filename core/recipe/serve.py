@@ -61,6 +61,9 @@ class EngineSettings(Settings):
     kernels: Kernels = "auto"
     """Whose products a CPU computes; auto: what INFOPT_KERNELS says, else for each shape the
     faster, native where that was not measured."""
+    repack_cache: bool = True
+    """Keep weights as native kernels read them, in a file beside the artifact (where that cannot be
+    written, in the user's cache): the next start reads that, and packs nothing."""
     device: Device = "auto"
     dtype: DType = "auto"
     seed: Seed = 0

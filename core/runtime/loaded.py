@@ -4,8 +4,9 @@ import torch
 
 from infopt.core.artifact.read import Artifact
 from infopt.core.hardware.card import find_card
-from infopt.core.layers.choice import Choice, native_choice
+from infopt.core.layers.choice import Choice, NativeChoice, native_choice
 from infopt.core.models.decoder import Decoder
+from infopt.core.models.kept_weights import KeptWeights
 from infopt.core.models.load import load_decoder
 from infopt.core.recipe.serve import EngineSettings
 
@@ -28,4 +29,9 @@ def load_for(
         from infopt.core.layers.card_products import CardChoice
 
         choice = CardChoice(card)
-    return load_decoder(artifact, dtype, device, deterministic=fixed, native=choice, card=card)
+    kept = None
+    if settings.repack_cache and isinstance(choice, NativeChoice):
+        kept = KeptWeights(artifact, choice)
+    return load_decoder(
+        artifact, dtype, device, deterministic=fixed, native=choice, card=card, kept=kept
+    )
