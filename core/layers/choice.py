@@ -21,6 +21,7 @@ from infopt.core.layers.native import NativeGroups, NativeInt8, NativeLinear
 from infopt.core.layers.norm import Norm
 from infopt.core.layers.quantized import QuantizedLinear, in_tiles
 from infopt.core.layers.rounded import RoundedLinear
+from infopt.kernels.cpu import groups8
 from infopt.kernels.cpu.arena import Arena
 from infopt.kernels.cpu.dense import DensePanels, pack_dense, packable
 from infopt.kernels.cpu.groups import GroupPanels, pack_groups, packable_groups
@@ -70,6 +71,8 @@ class NativeChoice:
     compare: Callable[[Projection, Projection, int, torch.dtype], bool] = field(
         default_factory=lambda: native_is_faster
     )
+    rounds: bool = False
+    """Round the inputs of weights of 4 bits in groups to 8 bits; torch has no such product."""
     arena: Arena = field(default_factory=Arena)
     """Where the weights of native projections lie."""
     found: int = 0
@@ -97,10 +100,12 @@ class NativeChoice:
     def gate(self, activation: str) -> None:
         """The same."""
 
-    def takes(self, native: Native3) -> bool:
-        """Whether a projection that was packed before would be taken now: without timing it."""
+    def takes(self, native: Native3) -> Native3 | None:
+        """A projection that was packed before, where it would be taken now; nothing is timed."""
+        if isinstance(native, NativeGroups) and self.rounds and groups8.takes(native.weight):
+            return replace(native, rounds=True)
         chosen = None if self.measured is None else self.measured.chosen.get(_key_of(native.weight))
-        return self.measured is None or chosen == "native"
+        return native if self.measured is None or chosen == "native" else None
 
     def _dense(self, linear: Linear) -> Projection:
         if self._lost("dense", linear.weight.shape):
@@ -119,12 +124,14 @@ class NativeChoice:
         form = _groups_form(
             weight.bits, weight.inputs // weight.scales.shape[1], isinstance(weight.zeros, Tensor)
         )
-        if self._lost(form, weight.shape):
+        rounds = self.rounds and weight.bits == groups8.BITS
+        if not rounds and self._lost(form, weight.shape):
             return torchs
         codes = weight.codes(slice(0, weight.shape[0]), linear.scratch)
         packed = pack_groups(codes, weight.scales, weight.zeros, weight.bits)
-        native = NativeGroups(self.native, packed, _bias(linear.bias), linear.columns)
-        return self._placed(native) if self._takes(form, torchs, native, weight.shape) else torchs
+        native = NativeGroups(self.native, packed, _bias(linear.bias), linear.columns, rounds)
+        takes = rounds or self._takes(form, torchs, native, weight.shape)
+        return self._placed(native) if takes else torchs
 
     def _int8(self, linear: Int8Linear) -> Projection:
         if self._lost("W8A8", linear.codes.shape):
@@ -209,20 +216,26 @@ def _roundable(linear: Int8Linear) -> bool:
 
 
 def native_choice(
-    word: str, device: torch.device, dtype: torch.dtype, *, deterministic: bool
+    word: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    deterministic: bool,
+    rounds: bool = False,
 ) -> NativeChoice | None:
     """For 'auto', 'native' or 'torch'; None where torch computes everything.
 
-    A deterministic engine never depends on what was measured. Raises as `find_native`.
+    A deterministic engine never depends on what was measured. `rounds`: inputs of weights of 4 bits
+    are to be rounded to 8. Raises as `find_native`.
     """
     if device.type != "cpu" or dtype not in _DTYPES or (native := find_native(word)) is None:
         return None
     if wanted_kernels(word) == "native" or deterministic:
-        return NativeChoice(native, dtype, None)
+        return NativeChoice(native, dtype, None, rounds=rounds)
     versions = f"torch {torch.__version__}, native {native.isa} {native.build}"
     name = str(dtype).removeprefix("torch.")
     known = load_choices(probe().cpu, name, torch.get_num_threads(), versions)
-    return NativeChoice(native, dtype, known)
+    return NativeChoice(native, dtype, known, rounds=rounds)
 
 
 def native_is_faster(

@@ -54,7 +54,7 @@ class KeptWeights:
             return None
         tensors = {part: self._tensors[number] for part, number in entry["tensors"].items()}
         found = taken_up(self._choice.native, entry["numbers"], tensors, shape)
-        return found if found is not None and self._choice.takes(found) else None
+        return None if found is None else self._choice.takes(found)
 
     def put(self, name: str, projection: Projection) -> None:
         """Remember a projection that was made now, if it is native."""

@@ -3,6 +3,7 @@
 import torch
 
 from infopt.core.artifact.read import Artifact
+from infopt.core.errors import UnsupportedError
 from infopt.core.hardware.card import find_card
 from infopt.core.layers.choice import Choice, NativeChoice, native_choice
 from infopt.core.models.decoder import Decoder
@@ -22,7 +23,13 @@ def load_for(
         torch.set_num_threads(settings.threads)
     fixed = settings.deterministic
     choice: Choice | None
-    choice = native_choice(settings.kernels, device, dtype, deterministic=fixed)
+    rounds = settings.activations == "int8"
+    choice = native_choice(settings.kernels, device, dtype, deterministic=fixed, rounds=rounds)
+    if rounds and choice is None:
+        raise UnsupportedError(
+            "activations int8 needs the native kernels of a CPU, in float32 or bfloat16",
+            "leave activations as they are: auto",
+        )
     card = find_card(settings.kernels, device)
     if card is not None:
         # Here, so that a CPU need not have Triton.

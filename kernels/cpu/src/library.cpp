@@ -1,6 +1,7 @@
 // The C interface. INFOPT_HAS_AVX2 and INFOPT_HAS_AVX512 say for which sets ops were compiled.
 #include <cstring>
 
+#include "groups8.h"
 #include "ops.h"
 #include "step.h"
 
@@ -12,18 +13,18 @@ using infopt::Entry;
 
 // By number: 0 portable, 1 avx2, 2 avx512.
 const Entry* const portable_tables[] = {infopt::portable::ground_ops, infopt::portable::dense_ops,
-    infopt::portable::groups_ops, infopt::portable::int8_ops,
+    infopt::portable::groups_ops, infopt::portable::groups8_ops, infopt::portable::int8_ops,
     infopt::portable::elementwise_ops, infopt::portable::attention_ops, infopt::portable::unpacked_ops, nullptr};
 #ifdef INFOPT_HAS_AVX2
 const Entry* const avx2_tables[] = {infopt::avx2::ground_ops, infopt::avx2::dense_ops,
-    infopt::avx2::groups_ops, infopt::avx2::int8_ops,
+    infopt::avx2::groups_ops, infopt::avx2::groups8_ops, infopt::avx2::int8_ops,
     infopt::avx2::elementwise_ops, infopt::avx2::attention_ops, infopt::avx2::unpacked_ops, nullptr};
 #else
 const Entry* const avx2_tables[] = {nullptr};
 #endif
 #ifdef INFOPT_HAS_AVX512
 const Entry* const avx512_tables[] = {infopt::avx512::ground_ops, infopt::avx512::dense_ops,
-    infopt::avx512::groups_ops, infopt::avx512::int8_ops,
+    infopt::avx512::groups_ops, infopt::avx512::groups8_ops, infopt::avx512::int8_ops,
     infopt::avx512::elementwise_ops, infopt::avx512::attention_ops, infopt::avx512::unpacked_ops, nullptr};
 #else
 const Entry* const avx512_tables[] = {nullptr};
