@@ -8,7 +8,8 @@ import statistics
 import sys
 import time
 
-import torch
+import torch  # noqa: TID253
+
 from infopt.core.artifact.locate import locate
 from infopt.core.artifact.read import Artifact
 from infopt.core.models.decoder import StepInputs
