@@ -61,6 +61,8 @@ def bench(
     deterministic: opt.Deterministic = None,
     threads: opt.Threads = None,
     kernels: opt.Kernels = None,
+    activations: opt.Activations = None,
+    repack_cache: opt.RepackCache = None,
     recipe: opt.RecipeFile = None,
     output: opt.ReportOutput = None,
     device: opt.DeviceOption = None,

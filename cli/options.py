@@ -55,6 +55,11 @@ class KernelsWord(StrEnum):
     torch = "torch"
 
 
+class ActivationsWord(StrEnum):
+    auto = "auto"
+    int8 = "int8"
+
+
 class DTypeWord(StrEnum):
     auto = "auto"
     float32 = "float32"
@@ -193,6 +198,22 @@ Kernels = Annotated[
         "--kernels",
         help="Whose products a CPU computes; auto: what INFOPT_KERNELS says, else the faster.",
         show_default="auto",
+    ),
+]
+Activations = Annotated[
+    ActivationsWord | None,
+    typer.Option(
+        "--activations",
+        help="Of a CPU's products with 4-bit weights; int8: rounded, an approximation.",
+        show_default="auto",
+    ),
+]
+RepackCache = Annotated[
+    bool | None,
+    typer.Option(
+        "--repack-cache/--no-repack-cache",
+        help="Keep weights beside the model as native kernels read them, for the next start.",
+        show_default="repack-cache",
     ),
 ]
 Deterministic = Annotated[

@@ -53,6 +53,8 @@ def serve(
     deterministic: opt.Deterministic = None,
     threads: opt.Threads = None,
     kernels: opt.Kernels = None,
+    activations: opt.Activations = None,
+    repack_cache: opt.RepackCache = None,
     api_key_file: Annotated[
         str | None,
         typer.Option(
@@ -204,6 +206,8 @@ def serve(
         "deterministic": deterministic,
         "threads": threads,
         "kernels": kernels,
+        "activations": activations,
+        "repack_cache": repack_cache,
         "api_key_file": api_key_file,
         "max_queued_requests": max_queued_requests,
         "max_queued_tokens": max_queued_tokens,

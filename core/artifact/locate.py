@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 from infopt.core.artifact import default
-from infopt.core.artifact.gguf import convert_gguf
 from infopt.core.artifact.hub import cached_snapshot, download
 from infopt.core.artifact.read import CONFIG, Artifact, read_artifact, read_config
 from infopt.core.errors import ArtifactError, ResourceError, UsageError
@@ -96,6 +95,9 @@ def _converted(
     found = _cached(target, name)
     if found is not None:
         return found
+    # Here: once it is converted, a start need not wait for what reads the format.
+    from infopt.core.artifact.gguf import convert_gguf
+
     with locked(target.with_name(f".{target.name}.lock")):
         found = _cached(target, name)
         return found or convert_gguf(

@@ -94,6 +94,15 @@ class Artifact:
                 "the directory needs tokenizer.json (or its older kin) and tokenizer_config.json",
             ) from error
 
+    def text_tokenizer(self) -> Any:
+        """As `tokenizer`, of what generating and serving need; read without transformers where the
+        directory's files say it all."""
+        # Here, so that what reads headers alone need not have jinja2.
+        from infopt.core.artifact.plain_tokenizer import plain_tokenizer
+
+        found = plain_tokenizer(self.path, self.config.get("model_type"), self.tokenizer)
+        return self.tokenizer() if found is None else found
+
     def fingerprint(self) -> str:
         """SHA-256 over the names and contents of the config and weight files, in hex."""
         digest = hashlib.sha256()

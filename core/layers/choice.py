@@ -15,15 +15,17 @@ from infopt.core.hardware.native import find_native, wanted_kernels
 from infopt.core.hardware.probe import probe
 from infopt.core.layers.fuse import SideBySide
 from infopt.core.layers.int8 import Int8Linear
+from infopt.core.layers.kept import Native3
 from infopt.core.layers.linear import Linear, Projection
 from infopt.core.layers.native import NativeGroups, NativeInt8, NativeLinear
 from infopt.core.layers.norm import Norm
 from infopt.core.layers.quantized import QuantizedLinear, in_tiles
 from infopt.core.layers.rounded import RoundedLinear
+from infopt.kernels.cpu import groups8
 from infopt.kernels.cpu.arena import Arena
-from infopt.kernels.cpu.dense import pack_dense, packable
-from infopt.kernels.cpu.groups import pack_groups, packable_groups
-from infopt.kernels.cpu.int8 import INPUTS, Grid, pack_int8
+from infopt.kernels.cpu.dense import DensePanels, pack_dense, packable
+from infopt.kernels.cpu.groups import GroupPanels, pack_groups, packable_groups
+from infopt.kernels.cpu.int8 import INPUTS, Grid, Int8Panels, pack_int8
 from infopt.kernels.cpu.native import Native
 from infopt.kernels.gemm.integers import IntegerRows
 
@@ -69,6 +71,8 @@ class NativeChoice:
     compare: Callable[[Projection, Projection, int, torch.dtype], bool] = field(
         default_factory=lambda: native_is_faster
     )
+    rounds: bool = False
+    """Round the inputs of weights of 4 bits in groups to 8 bits; torch has no such product."""
     arena: Arena = field(default_factory=Arena)
     """Where the weights of native projections lie."""
     found: int = 0
@@ -96,7 +100,16 @@ class NativeChoice:
     def gate(self, activation: str) -> None:
         """The same."""
 
+    def takes(self, native: Native3) -> Native3 | None:
+        """A projection that was packed before, where it would be taken now; nothing is timed."""
+        if isinstance(native, NativeGroups) and self.rounds and groups8.takes(native.weight):
+            return replace(native, rounds=True)
+        chosen = None if self.measured is None else self.measured.chosen.get(_key_of(native.weight))
+        return native if self.measured is None or chosen == "native" else None
+
     def _dense(self, linear: Linear) -> Projection:
+        if self._lost("dense", linear.weight.shape):
+            return linear
         native = NativeLinear(self.native, pack_dense(linear.weight), _bias(linear.bias))
         takes = self._takes("dense", linear, native, linear.weight.shape)
         return self._placed(native) if takes else linear
@@ -108,13 +121,21 @@ class NativeChoice:
             weight.bits, weight.inputs, weight.scales.shape[1]
         ):
             return torchs
+        form = _groups_form(
+            weight.bits, weight.inputs // weight.scales.shape[1], isinstance(weight.zeros, Tensor)
+        )
+        rounds = self.rounds and weight.bits == groups8.BITS
+        if not rounds and self._lost(form, weight.shape):
+            return torchs
         codes = weight.codes(slice(0, weight.shape[0]), linear.scratch)
         packed = pack_groups(codes, weight.scales, weight.zeros, weight.bits)
-        native = NativeGroups(self.native, packed, _bias(linear.bias), linear.columns)
-        form = f"W{weight.bits}A16 g{packed.group}{'' if packed.zeros is None else ' zeros'}"
-        return self._placed(native) if self._takes(form, torchs, native, weight.shape) else torchs
+        native = NativeGroups(self.native, packed, _bias(linear.bias), linear.columns, rounds)
+        takes = rounds or self._takes(form, torchs, native, weight.shape)
+        return self._placed(native) if takes else torchs
 
     def _int8(self, linear: Int8Linear) -> Projection:
+        if self._lost("W8A8", linear.codes.shape):
+            return linear
         form, fixed = linear.activation, linear.input_scale
         fixed = None if form.dynamic or fixed is None else fixed.reshape(1).float()
         grid = Grid(form.largest, 1 << (form.bits - 1), fixed)
@@ -139,12 +160,17 @@ class NativeChoice:
         """The same, its weight behind those that were chosen before it."""
         return replace(native, weight=self.arena.take(native.weight))
 
+    def _lost(self, form: str, shape: Sequence[int]) -> bool:
+        """Whether torch is known to be faster, so that nothing need be packed."""
+        found = None if self.measured is None else self.measured.chosen.get(_key(form, shape))
+        return found == "torch"
+
     def _takes(
         self, form: str, torchs: Projection, native: Projection, shape: Sequence[int]
     ) -> bool:
         if self.measured is None:
             return True
-        key = f"{form} {shape[0]}x{shape[1]}"
+        key = _key(form, shape)
         if key not in self.measured.chosen:
             faster = self.compare(torchs, native, shape[1], self.dtype)
             chosen = {**self.measured.chosen, key: "native" if faster else "torch"}
@@ -161,6 +187,25 @@ class NativeChoice:
                 return
 
 
+def _key(form: str, shape: Sequence[int]) -> str:
+    return f"{form} {shape[0]}x{shape[1]}"
+
+
+def _groups_form(bits: int, group: int, zeros: bool) -> str:
+    return f"W{bits}A16 g{group}{' zeros' if zeros else ''}"
+
+
+def _key_of(weight: DensePanels | GroupPanels | Int8Panels) -> str:
+    match weight:
+        case DensePanels():
+            return _key("dense", weight.shape)
+        case GroupPanels():
+            form = _groups_form(weight.bits, weight.group, weight.zeros is not None)
+            return _key(form, weight.shape)
+        case Int8Panels():
+            return _key("W8A8", weight.shape)
+
+
 def _bias(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float().contiguous()
 
@@ -171,22 +216,28 @@ def _roundable(linear: Int8Linear) -> bool:
 
 
 def native_choice(
-    word: str, device: torch.device, dtype: torch.dtype, *, deterministic: bool
+    word: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    deterministic: bool,
+    rounds: bool = False,
 ) -> NativeChoice | None:
     """For 'auto', 'native' or 'torch'; None where torch computes everything.
 
-    A deterministic engine never depends on what was measured. Raises as `find_native`.
+    A deterministic engine never depends on what was measured. `rounds`: inputs of weights of 4 bits
+    are to be rounded to 8. Raises as `find_native`.
     """
     if device.type != "cpu" or dtype not in _DTYPES:
         return None
     if (native := find_native(word, invariant=deterministic)) is None:
         return None
     if wanted_kernels(word) == "native" or deterministic:
-        return NativeChoice(native, dtype, None)
+        return NativeChoice(native, dtype, None, rounds=rounds)
     versions = f"torch {torch.__version__}, native {native.isa} {native.build}"
     name = str(dtype).removeprefix("torch.")
     known = load_choices(probe().cpu, name, torch.get_num_threads(), versions)
-    return NativeChoice(native, dtype, known)
+    return NativeChoice(native, dtype, known, rounds=rounds)
 
 
 def native_is_faster(

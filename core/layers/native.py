@@ -7,6 +7,7 @@ from torch import Tensor
 
 from infopt.kernels.cpu.dense import DensePanels, dense_linear, dense_rows
 from infopt.kernels.cpu.groups import GroupPanels, groups_linear
+from infopt.kernels.cpu.groups8 import groups8_linear
 from infopt.kernels.cpu.int8 import Grid, Int8Panels, int8_linear
 from infopt.kernels.cpu.native import Native
 
@@ -35,8 +36,8 @@ class NativeLinear:
 
 @dataclass(frozen=True, slots=True)
 class NativeGroups:
-    """y = x W^T + b; W integers in groups, exact, x float32 or bfloat16 as it is; a row never
-    depends on the others."""
+    """y = x W^T + b; W integers in groups, exact, x float32 or bfloat16, as it is or rounded; a row
+    never depends on the others."""
 
     native: Native
     weight: GroupPanels
@@ -44,6 +45,8 @@ class NativeGroups:
     """float32 [N]"""
     columns: Tensor | None = None
     """int32 [K]: the order of x in which the groups' columns are neighbours, where it is not so."""
+    rounds: bool = False
+    """Inputs become 8-bit integers, group by group and row by row: an approximation, of 4 bits."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]"""
@@ -51,7 +54,8 @@ class NativeGroups:
         if self.columns is not None:
             rows = rows.index_select(1, self.columns)
         threads = torch.get_num_threads()
-        y = groups_linear(self.native, rows, self.weight, self.bias, threads=threads)
+        product = groups8_linear if self.rounds else groups_linear
+        y = product(self.native, rows, self.weight, self.bias, threads=threads)
         return y.view(*x.shape[:-1], y.shape[1])
 
     @property

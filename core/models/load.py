@@ -1,6 +1,6 @@
 """Build a decoder from an artifact."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,13 +10,12 @@ from infopt.core.artifact.quantized import (
     kv_format,
     layer_scheme,
     linear_weight,
-    stored_names,
 )
 from infopt.core.artifact.read import Artifact
 from infopt.core.errors import ArtifactError, UnsupportedError
 from infopt.core.formats.activation import ActivationFormat
-from infopt.core.formats.number import IntegerFormat, QuantizedWeight
-from infopt.core.formats.scheme import LayerScheme, StoredWeight
+from infopt.core.formats.number import QuantizedWeight
+from infopt.core.formats.scheme import StoredWeight
 from infopt.core.layers.attention import Attention
 from infopt.core.layers.choice import Choice
 from infopt.core.layers.embedding import Embedding, Table
@@ -31,6 +30,7 @@ from infopt.core.layers.rounded import RoundedLinear
 from infopt.core.models.config import Experts, ModelConfig
 from infopt.core.models.decoder import Decoder, DecoderLayer, RotaryTable
 from infopt.core.models.families import Part
+from infopt.core.models.kept_weights import KeptWeights
 from infopt.core.models.mlp import (
     Activate,
     ExpertsMLP,
@@ -43,6 +43,7 @@ from infopt.core.models.mlp import (
 )
 from infopt.core.models.rope import Rope
 from infopt.core.models.shapes import linear_shapes, takes_heads
+from infopt.core.models.stored import runs_in_int8, stored_name
 from infopt.kernels.attention.eight_bits import FP8, INT8, KvScales
 from infopt.kernels.gemm.scratch import Scratch
 from infopt.kernels.gpu.tile import Card
@@ -59,68 +60,27 @@ def load_decoder(
     deterministic: bool = False,
     native: Choice | None = None,
     card: Card | None = None,
+    kept: KeptWeights | None = None,
 ) -> Decoder:
     """Read the weights, one layer at a time, into `dtype` on `device`.
 
     `deterministic`: what is computed of a token does not depend, by a single bit, on the other
     tokens of its step, nor on how its sequence was cut into steps. `native`: which projections
     become native ones; none by default. `card`: the GPU whose kernels do attention, where they can.
+    `kept`: native projections of an earlier load, and where those of this one are kept.
 
     Layers that are stored quantized stay so in memory; inputs that the artifact says are quantized
     are rounded as it says, by a layer's own scale.
     Raises UnsupportedError for a model or rounding that the decoder does not know, ArtifactError
     for a tensor that is missing or of another shape than the config says.
     """
-    loader = _Loader(artifact, dtype, device, deterministic, native, card)
+    loader = _Loader(artifact, dtype, device, deterministic, native, card, kept)
     decoder = loader.decoder()
     if native is not None:
         native.keep()
+    if kept is not None:
+        kept.keep()
     return decoder
-
-
-def runs_in_int8(scheme: LayerScheme | None) -> bool:
-    """Whether a layer's weight and inputs are multiplied as 8-bit integers."""
-    if scheme is None or scheme.activation is None:
-        return False
-    weight, inputs = scheme.weight, scheme.activation
-    return (
-        isinstance(weight, IntegerFormat)
-        and weight.symmetric
-        and weight.group_size is None
-        and inputs.kind == "int"
-        and inputs.bits <= 8
-        and inputs.strategy in ("token", "tensor")
-    )
-
-
-def weight_bytes(artifact: Artifact, dtype: torch.dtype) -> int:
-    """Bytes that the decoder's weights will take in memory, told by the files' headers.
-
-    Of layers that stay packed, what is stored: the layouts in memory differ by little.
-    """
-    config = ModelConfig.from_hf(artifact.config)
-    total = artifact.summary().parameters * dtype.itemsize
-    for name, (outputs, inputs) in linear_shapes(config).items():
-        found = stored_name(artifact, f"{name}.weight").removesuffix(".weight")
-        scheme = layer_scheme(artifact, found)
-        if scheme is None:
-            continue
-        if runs_in_int8(scheme):
-            held = outputs * (inputs + torch.float32.itemsize)
-        else:
-            stored = stored_names(artifact, f"{found}.weight")
-            held = sum(artifact.headers[tensor].nbytes for tensor in stored)
-        total += held - outputs * inputs * dtype.itemsize
-    return total
-
-
-def stored_name(artifact: Artifact, parameter: str) -> str:
-    """A parameter's name in the artifact: checkpoints of a base model leave its first word out."""
-    if not stored_names(artifact, parameter):
-        short = parameter.partition(".")[2]
-        if short and stored_names(artifact, short):
-            return short
-    return parameter
 
 
 class _Loader:
@@ -132,9 +92,11 @@ class _Loader:
         fixed: bool,
         native: Choice | None,
         card: Card | None,
+        kept: KeptWeights | None,
     ) -> None:
         self.fixed = fixed
         self.native = native
+        self.kept = kept
         self.artifact = artifact
         self.config = ModelConfig.from_hf(artifact.config)
         self.card = card if card is not None and takes_heads(self.config) else None
@@ -147,13 +109,7 @@ class _Loader:
 
     def decoder(self) -> Decoder:
         config, names = self.config, self.names
-        embedding: Table = (stored := self.embedding())
-        if config.tied_embeddings:
-            head = self.settled(Linear(stored.weight, fixed=self.fixed))
-            if isinstance(head, NativeLinear):
-                embedding = NativeEmbedding(head.native, head.weight, stored.scale)
-        else:
-            head = self.settled(self.linear(names.head))
+        head, embedding = self.tables()
         projected = config.embedding_size != config.hidden_size
         return Decoder(
             config=config,
@@ -165,24 +121,62 @@ class _Loader:
                 self.rotary(rope) for rope in (config.rope, config.local_rope) if rope is not None
             ),
             positions=self.positions() if config.rope is None else None,
-            project_in=self.settled(self.linear(names.project_in)) if projected else None,
-            project_out=self.settled(self.linear(names.project_out)) if projected else None,
+            project_in=self.settled(names.project_in) if projected else None,
+            project_out=self.settled(names.project_out) if projected else None,
             card=self.card,
         )
 
-    def settled(self, projection: Projection) -> Projection:
-        """A projection that no other will join, in its last form."""
-        return projection if self.native is None else self.native.settle(projection)
+    def tables(self) -> tuple[Projection, Table]:
+        """The head, and the embeddings; where they are tied, in memory once."""
+        config, names = self.config, self.names
+        if not config.tied_embeddings:
+            return self.settled(names.head), self.embedding()
+        shape = (config.vocab_size, config.embedding_size)
+        made: list[Embedding] = []
+
+        def dense() -> Linear:
+            made.append(self.embedding())
+            return Linear(made[0].weight, fixed=self.fixed)
+
+        head = self.last_form(names.embedding, shape, dense)
+        if isinstance(head, NativeLinear):
+            return head, NativeEmbedding(head.native, head.weight, self.embedding_scale())
+        return head, made[0] if made else self.embedding()
+
+    def last_form(
+        self, name: str, shape: tuple[int, int], made: Callable[[], Projection]
+    ) -> Projection:
+        """A projection as it was kept, else made now and in its last form."""
+        if self.native is None:
+            return made()
+        found = None if self.kept is None else self.kept.find(name, shape)
+        if found is None:
+            found = self.native.settle(made())
+            if self.kept is not None:
+                self.kept.put(name, found)
+        return found
+
+    def settled(self, name: str, part: Part | None = None) -> Projection:
+        """A layer that no other will join."""
+        return self.last_form(name, self.shapes[name], lambda: self.linear(name, part))
 
     def joined(self, names: Sequence[str], part: Part | None = None) -> Projection:
         """Layers of the same input as one."""
-        return self.settled(side_by_side([self.linear(name, part) for name in names]))
+        shape = (sum(self.shapes[name][0] for name in names), self.shapes[names[0]][1])
+        return self.last_form(
+            " ".join(names),
+            shape,
+            lambda: side_by_side([self.linear(name, part) for name in names]),
+        )
+
+    def embedding_scale(self) -> float:
+        """Rounded as transformers rounds it, so that both embed alike."""
+        return float(torch.tensor(self.config.embedding_scale).to(self.dtype).item())
 
     def embedding(self) -> Embedding:
         shape = (self.config.vocab_size, self.config.embedding_size)
-        # Rounded as transformers rounds it, so that both embed alike.
-        scale = torch.tensor(self.config.embedding_scale).to(self.dtype).item()
-        return Embedding(self.tensor(f"{self.names.embedding}.weight", shape), float(scale))
+        weight = self.tensor(f"{self.names.embedding}.weight", shape)
+        return Embedding(weight, self.embedding_scale())
 
     def positions(self) -> Embedding:
         config, first = self.config, self.config.position_offset
@@ -217,7 +211,7 @@ class _Loader:
             rotary = 1
         return Attention(
             qkv=self.joined([f"{name}.{part}" for part in names.qkv], "qkv"),
-            output=self.settled(self.linear(f"{name}.{names.output}", "output")),
+            output=self.settled(f"{name}.{names.output}", "output"),
             head_norm=self.head_norm(name) if config.qk_norm else None,
             heads=config.heads,
             kv_heads=config.kv_heads,
@@ -252,7 +246,7 @@ class _Loader:
         if config.experts is not None and config.experts.layers[index]:
             return self.experts(name, config.experts)
         wide = self.joined([f"{name}.{part}" for part in names.wide], "mlp")
-        down = self.settled(self.linear(f"{name}.{names.down}", "mlp"))
+        down = self.settled(f"{name}.{names.down}", "mlp")
         if config.gated:
             return GatedMLP(wide, down, self.gate())
         return PlainMLP(wide, down, self.activation())
@@ -269,7 +263,7 @@ class _Loader:
         owner = f"{name}.{self.names.experts}"
         stacked = self.artifact.has(stored_name(self.artifact, f"{owner}.{_STACKED[0]}"))
         found = self.stacked(owner, experts) if stacked else self.apart(owner, experts)
-        router = self.settled(self.linear(f"{name}.{self.names.router}"))
+        router = self.settled(f"{name}.{self.names.router}")
         return ExpertsMLP(router, found, experts.per_token, experts.normalized)
 
     def stacked(self, owner: str, experts: Experts) -> tuple[GatedMLP, ...]:
@@ -279,12 +273,16 @@ class _Loader:
         gate = Gate(self.activation())
         return tuple(
             GatedMLP(
-                self.settled(Linear(wide[e], fixed=self.fixed)),
-                self.settled(Linear(down[e], fixed=self.fixed)),
+                self.stack_part(f"{owner} {_STACKED[0]} {e}", wide[e]),
+                self.stack_part(f"{owner} {_STACKED[1]} {e}", down[e]),
                 gate,
             )
             for e in range(experts.count)
         )
+
+    def stack_part(self, name: str, weight: Tensor) -> Projection:
+        shape = (weight.shape[0], weight.shape[1])
+        return self.last_form(name, shape, lambda: Linear(weight, fixed=self.fixed))
 
     def apart(self, owner: str, experts: Experts) -> tuple[GatedMLP, ...]:
         gate, up, down = self.names.expert
@@ -292,7 +290,7 @@ class _Loader:
         return tuple(
             GatedMLP(
                 self.joined([f"{owner}.{e}.{part}" for part in (gate, up)]),
-                self.settled(self.linear(f"{owner}.{e}.{down}")),
+                self.settled(f"{owner}.{e}.{down}"),
                 gating,
             )
             for e in range(experts.count)

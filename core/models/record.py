@@ -25,6 +25,7 @@ from infopt.kernels.attention.eight_bits import FP8
 from infopt.kernels.attention.scores import Scores
 from infopt.kernels.cpu import attention, elementwise, packed, unpacked
 from infopt.kernels.cpu.attention import Heads, Scratch
+from infopt.kernels.cpu.groups8 import groups8
 from infopt.kernels.cpu.program import KINDS, Count, Program
 
 Part = Callable[[Tensor], Tensor]
@@ -113,10 +114,12 @@ def product(
     match part:
         case NativeLinear(weight=dense, bias=bias):
             return dense.outputs, lambda x, y: packed.dense(program, x, dense, bias, y)
-        case NativeGroups(weight=groups, bias=bias, columns=order):
+        case NativeGroups(weight=groups, bias=bias, columns=order, rounds=rounds):
 
             def append(x: Tensor, y: Tensor | None) -> Tensor:
                 x = x if order is None else packed.columns(program, x, order)
+                if rounds:
+                    return groups8(program, x, groups, bias, y)
                 return packed.groups(program, x, groups, bias, y, dtype=dtype)
 
             return groups.outputs, append

@@ -15,6 +15,7 @@ BATCH_WAIT_MS = 50.0
 PREFIX_DISK_BYTES = 4 * 2**30
 KvDType = Literal["auto", "int8", "fp8"]
 Kernels = Literal["auto", "native", "torch"]
+Activations = Literal["auto", "int8"]
 Pooling = Literal["mean", "last"]
 """Of a prompt's hidden states into one: their mean, or the last one."""
 ToolParser = Literal["auto", "hermes", "llama3-json", "mistral", "none"]
@@ -61,6 +62,12 @@ class EngineSettings(Settings):
     kernels: Kernels = "auto"
     """Whose products a CPU computes; auto: what INFOPT_KERNELS says, else for each shape the
     faster, native where that was not measured."""
+    activations: Activations = "auto"
+    """Of products with 4-bit weights in groups on a CPU; auto: as the artifact says, int8: rounded
+    to 8 bits, group by group and row by row, an approximation that is faster."""
+    repack_cache: bool = True
+    """Keep weights as native kernels read them, in a file beside the artifact (where that cannot be
+    written, in the user's cache): the next start reads that, and packs nothing."""
     device: Device = "auto"
     dtype: DType = "auto"
     seed: Seed = 0

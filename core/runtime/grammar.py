@@ -7,14 +7,15 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from infopt.core.artifact.read import Artifact
 from infopt.core.errors import UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
 MAX_GRAMMAR = 64 * 1024
@@ -25,7 +26,6 @@ a state of its automaton, and a million of them are ten seconds in which nobody 
 # Room for indentation, and an end: a weak model would go on with white space to its last token.
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 _SCHEMA_IN_LARK = re.compile(r"%json\s*")
-_EIGHT = torch.arange(8, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +66,20 @@ class Constraint:
         self._matcher = matcher
         self._vocabulary = vocabulary
 
-    def allowed(self) -> Tensor:
+    def allowed(self) -> "Tensor":
         """bool [vocabulary]: the tokens that may come next, the end among them where it may.
 
         None may where the grammar gave up.
         """
+        # Here: an API process knows grammars, and starts in a third of the time without torch.
+        import torch
+
         bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
         out = torch.zeros(self._vocabulary, dtype=torch.bool)
         if self._matcher.is_error():
             # It ran into a limit of its own, and would pass an unfinished answer off as a match.
             return out
-        mask = ((bits[:, None] >> _EIGHT) & 1).bool().flatten()
+        mask = ((bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).bool().flatten()
         # Logits may be padded beyond the tokenizer's vocabulary, as its bits are to whole words.
         out[: len(mask)] = mask[: self._vocabulary]
         return out

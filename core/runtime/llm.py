@@ -71,7 +71,7 @@ class LLM:
         self, model: str | Artifact | None = None, settings: EngineSettings | None = None
     ) -> None:
         artifact = model if isinstance(model, Artifact) else locate(model)
-        self.tokenizer: Any = artifact.tokenizer()
+        self.tokenizer: Any = artifact.text_tokenizer()
         self.engine = Engine.load(artifact, settings or EngineSettings())
         # Never used twice: an aborted request may still have something to say to a later call.
         self._ids = map(str, itertools.count())

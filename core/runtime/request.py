@@ -2,14 +2,15 @@
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from infopt.core.errors import UsageError
 from infopt.core.recipe.serve import Pooling
 from infopt.core.runtime.grammar import Constraint, Grammar
+
+if TYPE_CHECKING:  # a server's API process starts without it
+    import torch
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_LOGPROBS = 20
@@ -225,7 +226,7 @@ class Request:
     """The prompt, then what was generated."""
     max_length: int
     """The request is over when it has this many tokens."""
-    generator: torch.Generator
+    generator: "torch.Generator"
     """Its own, so that its draws do not depend on the requests beside it."""
     prompt_length: int = 0
     """The first tokens, that were given."""
@@ -237,7 +238,7 @@ class Request:
     """Of the prompt's second token and those after it, as far as they are known."""
     pooled: int = 0
     """First tokens of the prompt whose hidden states are in `pool`."""
-    pool: Tensor | None = None
+    pool: "Tensor | None" = None
     """float64 [hidden]: their sum."""
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
@@ -268,7 +269,7 @@ class Request:
             params=self.params,
             tokens=list(self.tokens),
             max_length=self.max_length,
-            generator=torch.Generator().manual_seed(seed),
+            generator=type(self.generator)().manual_seed(seed),
             prompt_length=self.prompt_length,
             ends=self.ends,
             constraint=None if self.constraint is None else self.constraint.copy(),

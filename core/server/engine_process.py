@@ -5,6 +5,7 @@ the end of stdin means that the API process is gone, and ends this one too.
 """
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -118,6 +119,9 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     hush()
+    # What a load has to say: the API process shows what comes by this one's standard error.
+    logging.basicConfig(level=logging.WARNING, format="infopt: %(message)s")
+    logging.getLogger("infopt").setLevel(logging.INFO)
     orders = json.loads(_first_line())
     folder = Path(orders["address"].removeprefix("ipc://")).parent
     threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()

@@ -6,7 +6,7 @@ from infopt.core.artifact.quantized import kv_format
 from infopt.core.artifact.read import Artifact
 from infopt.core.hardware.choose import choose_device, choose_dtype
 from infopt.core.models.config import ModelConfig
-from infopt.core.models.load import weight_bytes
+from infopt.core.models.stored import weight_bytes
 from infopt.core.recipe.serve import EngineSettings, ServeSettings
 from infopt.core.reports.schema import Plan
 from infopt.core.runtime.kv_cache import block_bytes, blocks_that_fit, cache_dtype

@@ -7,6 +7,8 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from importlib import import_module
+from importlib.util import find_spec
 
 from infopt.core.artifact.read import Artifact
 from infopt.core.errors import (
@@ -28,7 +30,6 @@ try:
     from starlette.types import ASGIApp
 
     from infopt.core.server.admission import Bounds, Gate
-    from infopt.core.server.app import Service, create_app
     from infopt.core.server.doorway import House, Tracing
     from infopt.core.server.engine_life import engine
     from infopt.core.server.keys import read_keys
@@ -36,12 +37,13 @@ try:
     from infopt.core.server.log import RequestLog
     from infopt.core.server.messages import Limits
     from infopt.core.server.metrics import Metrics
-    from infopt.core.server.prompts import Prompts
     from infopt.core.server.supervisor import Supervisor
 except ModuleNotFoundError as missing:
     if missing.name not in _PACKAGES:
         raise
     raise MissingExtraError(missing.name, "serve") from missing
+if find_spec("fastapi") is None:  # imported while the engine loads
+    raise MissingExtraError("fastapi", "serve")
 
 BACKLOG = 2048
 GRACE_SECONDS = 5
@@ -102,10 +104,16 @@ async def _serve(
 ) -> None:
     progress(Progress("loading the engine", note=artifact.name))
     with stop_signals() as stop:
-        tokenizer = asyncio.create_task(asyncio.to_thread(artifact.tokenizer))  # meanwhile
+        # Meanwhile: both take as long as a good part of an engine.
+        tokenizer = asyncio.create_task(asyncio.to_thread(artifact.text_tokenizer))
+        routes = asyncio.create_task(asyncio.to_thread(import_module, "infopt.core.server.app"))
         async with _supervised(artifact, settings, house, stop, progress) as supervisor:
             limits = await supervisor.limits
             await _warm_up(supervisor, limits.max_model_len)
+            await routes
+            from infopt.core.server.app import Service, create_app
+            from infopt.core.server.prompts import Prompts
+
             config = ModelConfig.from_hf(artifact.config)
             prompts = Prompts(
                 await tokenizer,

@@ -38,14 +38,16 @@ class Arena:
         if not hasattr(mmap, "MADV_HUGEPAGE") or not size:
             return tensor
         if size > len(self._free):
-            self._free = _region(max(_REGION, size))
+            self._free = region(max(_REGION, size))
         copy = self._free[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         self._free = self._free[size:]
         return copy.copy_(tensor)
 
 
-def _region(size: int) -> Tensor:
+def region(size: int) -> Tensor:
     """Bytes from a page's border on; memory is taken as they are written."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
     pages = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without them: small pages then
         pages.madvise(mmap.MADV_HUGEPAGE)

@@ -9,6 +9,7 @@
 
 #include <cstring>
 
+#include "groups8.h"
 #include "ops.h"
 #include "step.h"
 
@@ -22,8 +23,8 @@ using infopt::Entry;
 #define INFOPT_TABLES_OF(isa)                                                                    \
     const Entry* const isa##_tables[] = {                                                        \
         infopt::isa::ground_ops, infopt::isa::dense_ops, infopt::isa::groups_ops,                \
-        infopt::isa::int8_ops, infopt::isa::elementwise_ops, infopt::isa::attention_ops,         \
-        infopt::isa::unpacked_ops, infopt::isa::solve_ops, nullptr}
+        infopt::isa::groups8_ops, infopt::isa::int8_ops, infopt::isa::elementwise_ops,           \
+        infopt::isa::attention_ops, infopt::isa::unpacked_ops, infopt::isa::solve_ops, nullptr}
 #define INFOPT_NO_TABLES_OF(isa) const Entry* const isa##_tables[] = {nullptr}
 
 INFOPT_TABLES_OF(portable);

@@ -213,3 +213,18 @@ def test_the_faster_one_is_told() -> None:
     fast, long = Given(1), Given(2000)
     assert native_is_faster(long, fast, 8, torch.float32)
     assert not native_is_faster(fast, long, 8, torch.float32)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_inputs_are_rounded_where_that_is_asked_for(bits: int, native: Native) -> None:
+    linear = quantized(bits)
+    exact = NativeChoice(native, torch.float32, None).settle(linear)
+    choice = NativeChoice(native, torch.float32, None, rounds=True)
+    found = choice.settle(linear)
+    assert isinstance(exact, NativeGroups) and isinstance(found, NativeGroups)
+    assert not exact.rounds and found.rounds is (bits == 4)
+    again = choice.takes(exact)  # as it comes from a file
+    assert isinstance(again, NativeGroups) and again.rounds is (bits == 4)
+    x = torch.randn(5, 128)
+    distance = float((found(x) - exact(x)).norm() / exact(x).norm())
+    assert (0 < distance < 0.02) if bits == 4 else distance == 0

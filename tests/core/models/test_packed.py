@@ -26,8 +26,9 @@ from infopt.core.layers.quantized import QuantizedLinear
 from infopt.core.layers.rounded import RoundedLinear
 from infopt.core.models.config import ModelConfig
 from infopt.core.models.decoder import StepInputs
-from infopt.core.models.load import load_decoder, weight_bytes
+from infopt.core.models.load import load_decoder
 from infopt.core.models.shapes import linear_shapes
+from infopt.core.models.stored import weight_bytes
 from infopt.kernels.attention.cache import new_cache
 from infopt.kernels.attention.paged import plan_attention
 from infopt.kernels.gemm.int4 import Int4Tiles, usable

@@ -75,3 +75,9 @@ def test_threads_are_those_that_are_asked_for(tiny_model: Path) -> None:
             assert torch.get_num_threads() == threads == environment("cpu").threads
     finally:
         torch.set_num_threads(before)
+
+
+def test_rounded_activations_need_native_kernels(tiny_model: Path) -> None:
+    settings = EngineSettings(kernels="torch", activations="int8")
+    with pytest.raises(UnsupportedError, match="native kernels"):
+        load_for(settings, read_artifact(tiny_model), torch.float32, torch.device("cpu"))
