@@ -14,13 +14,15 @@ SOURCES = Path(__file__).resolve().parent / "kernels" / "cpu" / "src"
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 # GCC 12 takes its own headers' undefined vectors for mistakes.
 COMMON.append("-Wno-maybe-uninitialized")
+_AVX512 = [
+    "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16",
+    "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512",
+]  # fmt: skip
 X86 = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": [
-        "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16",
-        "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512",
-    ],
-}  # fmt: skip
+    "avx512": _AVX512,
+    "amx": [*_AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
+}
 
 
 class BuildNative(build_ext):

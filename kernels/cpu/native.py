@@ -9,7 +9,7 @@ from pathlib import Path
 
 ISA_VARIABLE = "INFOPT_ISA"
 """An environment variable that names the set of instructions to use, one that the CPU has."""
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "amx")
 """By their numbers in the library; the last that the CPU has is used."""
 _FILE = Path(__file__).with_name("_native.so")
 

@@ -35,6 +35,7 @@ enum Type : std::int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 INFOPT_TABLES(portable)
 INFOPT_TABLES(avx2)
 INFOPT_TABLES(avx512)
+INFOPT_TABLES(amx)
 
 // ops/ground.cpp
 

@@ -21,6 +21,7 @@ using std::int64_t;
 INFOPT_STEP_TABLES(portable)
 INFOPT_STEP_TABLES(avx2)
 INFOPT_STEP_TABLES(avx512)
+INFOPT_STEP_TABLES(amx)
 
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 enum Curve : int32_t { SILU = 0, RELU = 1, GELU = 2, GELU_TANH = 3 };

@@ -28,7 +28,7 @@ CONTEXTS = (1, 16, 63, 64, 65, 300, 1500)
 
 def rounds(native: Native, dtype: torch.dtype, shape: Heads) -> bool:
     """Whether queries and weights of few rows are rounded to bfloat16."""
-    return native.isa == "avx512" and dtype == torch.bfloat16 and shape.head_dim % 32 == 0
+    return native.isa in ("avx512", "amx") and dtype == torch.bfloat16 and shape.head_dim % 32 == 0
 
 
 def filled(shape: Heads, dtype: torch.dtype, contexts: tuple[int, ...], size: int):  # type: ignore[no-untyped-def]

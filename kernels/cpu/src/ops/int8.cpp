@@ -1,4 +1,5 @@
 // Products of 8-bit integers, and rows rounded to them.
+#include "../tiles.h"
 #include "../units.h"
 
 namespace infopt {
@@ -55,12 +56,17 @@ struct Integers {
 #endif
 
     static inline void finish(const Int8Args& args, std::int64_t row, std::int64_t at, const vi* sums) {
+        if (args.n - at >= kPanel) return finish(args, row, at, sums, args.ends + at, args.scales + at);
         // An output's own numbers end where the outputs do.
         alignas(64) std::int32_t ends[kPanel] = {};
         alignas(64) float scales[kPanel] = {};
-        const std::int64_t count = args.n - at < kPanel ? args.n - at : kPanel;
-        std::memcpy(ends, args.ends + at, sizeof(std::int32_t) * count);
-        std::memcpy(scales, args.scales + at, sizeof(float) * count);
+        std::memcpy(ends, args.ends + at, sizeof(std::int32_t) * (args.n - at));
+        std::memcpy(scales, args.scales + at, sizeof(float) * (args.n - at));
+        finish(args, row, at, sums, ends, scales);
+    }
+
+    static inline void finish(const Int8Args& args, std::int64_t row, std::int64_t at, const vi* sums,
+                              const std::int32_t* ends, const float* scales) {
         vf values[kVectors];
         for (int v = 0; v < kVectors; ++v) {
             const vi whole = sums[v] - load<vi>(ends + v * kLanes);
@@ -71,7 +77,12 @@ struct Integers {
 };
 
 static void linear_int8(const void* raw, std::int64_t part, std::int64_t parts) {
-    by_units<Integers>(*static_cast<const Int8Args*>(raw), part, parts);
+    const Int8Args& args = *static_cast<const Int8Args*>(raw);
+#if defined(__AMX_TILE__)
+    by_tiles<Integers, IntegerTiles>(args, part, parts);
+#else
+    by_units<Integers>(args, part, parts);
+#endif
 }
 
 static inline float number(const void* x, std::int64_t at, std::int32_t type) {
