@@ -107,14 +107,25 @@ static inline void clear_sums() {
     }
 }
 
+// Sums lie row by row, a panel's outputs in each.
 template <bool Two>
-static inline void keep_sums(TileSums& sums) {
-    _tile_stored(0, sums.at[0], kUnitBytes);
-    _tile_stored(1, sums.at[0] + kTileUnits, kUnitBytes);
+static inline void keep_sums(void* sums) {
+    char* at = static_cast<char*>(sums);
+    _tile_stored(0, at, kUnitBytes);
+    _tile_stored(1, at + kTileBytes, kUnitBytes);
     if constexpr (Two) {
-        _tile_stored(2, sums.at[kTileRows], kUnitBytes);
-        _tile_stored(3, sums.at[kTileRows] + kTileUnits, kUnitBytes);
+        _tile_stored(2, at + kTileRows * kUnitBytes, kUnitBytes);
+        _tile_stored(3, at + kTileRows * kUnitBytes + kTileBytes, kUnitBytes);
     }
+}
+
+// Of 32 rows.
+static inline void load_sums(const void* sums) {
+    const char* at = static_cast<const char*>(sums);
+    _tile_loadd(0, at, kUnitBytes);
+    _tile_loadd(1, at + kTileBytes, kUnitBytes);
+    _tile_loadd(2, at + kTileRows * kUnitBytes, kUnitBytes);
+    _tile_loadd(3, at + kTileRows * kUnitBytes + kTileBytes, kUnitBytes);
 }
 
 // Up to 32 rows of inputs.
@@ -146,7 +157,7 @@ static inline void tile_block(const TileRows& given, std::int64_t bytes, const c
         add_step<Dot, Two>(x, given.stride, w);
     }
     if (bytes > 0) add_rest<Dot, Two>(given, x, w, (bytes + 3) / 4, bytes);
-    keep_sums<Two>(sums);
+    keep_sums<Two>(&sums);
 }
 
 // Calls body(row, rows, sums) for 32 rows after the other of a panel of weights at `w`.
