@@ -1,5 +1,6 @@
 // Products with integer weights in groups, the inputs as they are.
 #include "../panels.h"
+#include "../tiles.h"
 
 namespace infopt {
 namespace INFOPT_ISA {
@@ -184,6 +185,8 @@ static inline void add_block(const T&, vf (&sums)[R][V], const Tables<Bits>& tab
 
 #endif
 
+#include "../tile_groups.h"
+
 // A chunk of R rows over a slice: each group summed by itself, then scaled.
 template <class T, int Bits, int R, int V>
 static inline void chunk(const GroupsArgs& args, const Place& place, const Tables<Bits>& tables, int first) {
@@ -252,6 +255,17 @@ static void product(const GroupsArgs& args, std::int64_t part, std::int64_t part
                });
 }
 
+#if defined(__AMX_TILE__)
+static void tiled_by_bits(const GroupsArgs& args, std::int64_t part, std::int64_t parts) {
+    switch (args.bits) {
+        case 2: return tiled_product<2>(args, part, parts);
+        case 3: return tiled_product<3>(args, part, parts);
+        case 4: return tiled_product<4>(args, part, parts);
+        case 8: return tiled_product<8>(args, part, parts);
+    }
+}
+#endif
+
 template <class T>
 static void by_bits(const GroupsArgs& args, std::int64_t part, std::int64_t parts) {
     switch (args.bits) {
@@ -264,6 +278,9 @@ static void by_bits(const GroupsArgs& args, std::int64_t part, std::int64_t part
 
 static void linear_groups(const void* raw, std::int64_t part, std::int64_t parts) {
     const GroupsArgs& args = *static_cast<const GroupsArgs*>(raw);
+#if defined(__AMX_TILE__)
+    if (in_tiles(args)) return tiled_by_bits(args, part, parts);
+#endif
     return args.x_type == kFloat32 ? by_bits<Float32>(args, part, parts) : by_bits<BFloat16>(args, part, parts);
 }
 
