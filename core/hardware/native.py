@@ -19,11 +19,8 @@ def wanted_kernels(word: str) -> str:
     return said if word == "auto" else word
 
 
-def find_native(word: str, *, invariant: bool = False) -> Native | None:
+def find_native(word: str) -> Native | None:
     """The native kernels for 'auto', 'native' or 'torch'; None where torch's are used.
-
-    `invariant`: by instructions with which a row's result never depends on how many rows there
-    are: many go through tiles (AMX), which sum in another order than registers do for a few.
 
     Raises UsageError for a set of instructions (INFOPT_ISA) that is not to be had, and
     UnsupportedError where 'native' is demanded of an infopt that was built without them.
@@ -33,7 +30,7 @@ def find_native(word: str, *, invariant: bool = False) -> Native | None:
         return None
     found = _loaded()
     if isinstance(found, Native):
-        return load("avx512") if invariant and found.isa == "amx" else found
+        return found
     if wanted == "native":
         raise UnsupportedError(
             str(found), "install a C++ compiler, then infopt anew; or --kernels torch"

@@ -230,7 +230,7 @@ def native_choice(
     """
     if device.type != "cpu" or dtype not in _DTYPES:
         return None
-    if (native := find_native(word, invariant=deterministic)) is None:
+    if (native := find_native(word)) is None:
         return None
     if wanted_kernels(word) == "native" or deterministic:
         return NativeChoice(native, dtype, None, rounds=rounds)

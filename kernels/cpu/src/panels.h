@@ -19,20 +19,13 @@ constexpr int kMost = 4;
 // How far ahead weights are fetched, in bytes.
 constexpr std::int64_t kAhead = 8192;
 // Rows, and bytes of them, that stay in the second-level cache while panel after panel meets them.
-// Tiles are so fast that weights, read again for each block, would be waited for: larger blocks.
-#if defined(__AMX_TILE__)
-constexpr std::int64_t kGrain = 32, kBlockRows = 8 * kGrain, kBlockBytes = 1536 * 1024;
-#else
-constexpr std::int64_t kGrain = kMost, kBlockRows = 20 * kGrain, kBlockBytes = 512 * 1024;
-#endif
+constexpr std::int64_t kBlockRows = 20 * kMost;
+constexpr std::int64_t kBlockBytes = 512 * 1024;
 
-// Calls body(panel, first row, rows) for the share of blocks of rows and panels; a row has
-// `row_bytes` bytes of inputs.
+// Calls body(panel, first row, rows) for the share of blocks of `size` rows and panels.
 template <class Body>
-static inline void for_panels(std::int64_t m, std::int64_t n, std::int64_t row_bytes,
-                              std::int64_t part, std::int64_t parts, Body body) {
-    std::int64_t size = kBlockBytes / row_bytes / kGrain * kGrain;
-    size = size < 4 * kGrain ? 4 * kGrain : size > kBlockRows ? kBlockRows : size;
+static inline void for_blocks(std::int64_t m, std::int64_t n, std::int64_t size, std::int64_t part,
+                              std::int64_t parts, Body body) {
     const std::int64_t panels = (n + kPanel - 1) / kPanel;
     const std::int64_t blocks = (m + size - 1) / size;
     const Share share(blocks * panels, 1, part, parts);
@@ -40,6 +33,15 @@ static inline void for_panels(std::int64_t m, std::int64_t n, std::int64_t row_b
         const std::int64_t row = unit / panels * size;
         body(unit % panels, row, m - row < size ? m - row : size);
     }
+}
+
+// The same for blocks that the cache holds; a row has `row_bytes` bytes of inputs.
+template <class Body>
+static inline void for_panels(std::int64_t m, std::int64_t n, std::int64_t row_bytes,
+                              std::int64_t part, std::int64_t parts, Body body) {
+    std::int64_t size = kBlockBytes / row_bytes / kMost * kMost;
+    size = size < 4 * kMost ? 4 * kMost : size > kBlockRows ? kBlockRows : size;
+    for_blocks(m, n, size, part, parts, body);
 }
 
 template <int R>
@@ -125,34 +127,27 @@ struct BFloat16 {
     }
 };
 
-// The same of a panel that is full, in float32: what nearly all are.
+// The sums of a row's outputs of a panel, and what is added to them, in float32 at `values`.
 template <class Args>
-static inline void put_whole(const Args& args, std::int64_t row, std::int64_t at, const vf* sums) {
+static inline void put_float32(const Args& args, std::int64_t row, std::int64_t at, float* values,
+                               std::int64_t count) {
     float* y = static_cast<float*>(args.y) + row * args.y_stride + at;
-    for (int v = 0; v < kVectors; ++v) {
-        vf value = sums[v];
-        if (args.bias != nullptr) value += load<vf>(args.bias + at + v * kLanes);
-        if (args.adds != 0) value += load<vf>(y + v * kLanes);
-        store(y + v * kLanes, value);
-    }
+    if (args.adds != 0)
+        for (std::int64_t i = 0; i < count; ++i) values[i] += y[i];
+    std::memcpy(y, values, sizeof(float) * count);
 }
 
 // Writes one row's outputs of a panel, from output `at` on.
 template <class Args>
 static inline void put(const Args& args, std::int64_t row, std::int64_t at, const vf* sums) {
-    if (args.n - at >= kPanel && args.y_type == kFloat32) return put_whole(args, row, at, sums);
     alignas(64) float values[kPanel];
     const std::int64_t count = args.n - at < kPanel ? args.n - at : kPanel;
     for (int v = 0; v < kVectors; ++v) store(values + v * kLanes, sums[v]);
     if (args.bias != nullptr)
         for (std::int64_t i = 0; i < count; ++i) values[i] += args.bias[at + i];
-    if (args.y_type == kFloat32) {
-        float* y = static_cast<float*>(args.y) + row * args.y_stride + at;
-        if (args.adds != 0)
-            for (std::int64_t i = 0; i < count; ++i) values[i] += y[i];
-        std::memcpy(y, values, sizeof(float) * count);
-        return;
-    }
+    // A whole panel's outputs are so many that the compiler knows of.
+    if (args.y_type == kFloat32 && count == kPanel) return put_float32(args, row, at, values, kPanel);
+    if (args.y_type == kFloat32) return put_float32(args, row, at, values, count);
     alignas(64) bf16 rounded[kPanel];
     for (int v = 0; v < kVectors; ++v) store(rounded + v * kLanes, narrow(load<vf>(values + v * kLanes)));
     std::memcpy(static_cast<bf16*>(args.y) + row * args.y_stride + at, rounded, sizeof(bf16) * count);

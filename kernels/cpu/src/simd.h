@@ -81,10 +81,15 @@ static inline vf load_as(const void* from, std::int64_t at, std::int32_t type) {
     return type == kBFloat16 ? widen(half) : widen_half(half);
 }
 
-// Fetches what will be met `Rows` times or more: by one row once, so that it need not stay.
+// Fetches what will be met `Rows` times or more: by one row once, so that it need not stay. CPUs
+// with tiles read at less than half the speed where they are told so (docs/results/native-kernels).
 template <int Rows>
 static inline void prefetch(const void* at) {
+#if defined(__AMX_TILE__)
+    __builtin_prefetch(at, 0, 3);
+#else
     __builtin_prefetch(at, 0, Rows == 1 ? 0 : 3);
+#endif
 }
 
 }  // namespace INFOPT_ISA

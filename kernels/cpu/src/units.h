@@ -3,7 +3,6 @@
 #pragma once
 
 #include "panels.h"
-#include "tiles.h"
 
 namespace infopt {
 namespace INFOPT_ISA {
@@ -14,8 +13,7 @@ constexpr std::int64_t kSliceUnits = 256;
 
 // R rows of a block over a slice of units, V vectors of a panel's outputs from `first` on. `kept`
 // has the sums of the units before, by row of the block, and gets those of these. A Form says what
-// sums are (Vector), how a unit is added, how a row is finished, and whether tiles know its numbers
-// (kTiled, Kind).
+// sums are (Vector), how a unit is added, and how a row is finished.
 template <class Form, int R, int V, class Args>
 static inline void chunk(const Args& args, std::int64_t begin, std::int64_t end, std::int64_t row0,
                          std::int64_t row, std::int64_t panel, int first, std::int32_t (*kept)[kPanel]) {
@@ -39,53 +37,16 @@ static inline void chunk(const Args& args, std::int64_t begin, std::int64_t end,
         for (int v = 0; v < V; ++v) store(kept[row + r] + (first + v) * kLanes, sums[r][v]);
 }
 
-#if defined(__AMX_TILE__)
-// The same for a block of rows by tiles, as far as these reach: whole tiles of rows and of units.
-// What is left of either is done in registers. Returns how many rows are in `kept`.
-template <class Form, class Args>
-static inline std::int64_t by_tiles(const Args& args, std::int64_t panel, std::int64_t row0,
-                                    std::int64_t rows, std::int32_t (*kept)[kPanel]) {
-    const std::int64_t units = (args.k + Form::kInputs - 1) / Form::kInputs;
-    const std::int64_t stride = args.x_stride * 4 / Form::kInputs;
-    const std::int64_t whole = rows / kTileRows * kTileRows, deep = units / kTileUnits * kTileUnits;
-    const char* x = static_cast<const char*>(args.x) + row0 * stride;
-    const char* w = static_cast<const char*>(args.weight) + panel * units * kPanel * 4;
-    constexpr std::int64_t line = kPanel * 4;
-    for (std::int64_t unit = 0; unit < deep; unit += kSliceUnits) {
-        const std::int64_t some = deep - unit < kSliceUnits ? deep - unit : kSliceUnits;
-        for (std::int64_t row = 0; row < whole; row += 2 * kTileRows) {
-            const char* a = x + row * stride + unit * 4;
-            char* c = reinterpret_cast<char*>(kept[row]);
-            if (whole - row > kTileRows)
-                multiply_tiles<typename Form::Kind, 2>(a, stride, w + unit * line, line, c, line, some, unit);
-            else
-                multiply_tiles<typename Form::Kind, 1>(a, stride, w + unit * line, line, c, line, some, unit);
-        }
-    }
-    if (deep < units)
-        for_chunks(0, whole, [&](auto count, std::int64_t row) {
-            for (int v = 0; v < kVectors; v += kWide)
-                chunk<Form, decltype(count)::value, kWide>(args, deep, units, row0, row, panel, v, kept);
-        });
-    return whole;
-}
-#endif
-
 template <class Form, class Args>
 static inline void by_units(const Args& args, std::int64_t part, std::int64_t parts) {
     using Vector = typename Form::Vector;
     const std::int64_t units = (args.k + Form::kInputs - 1) / Form::kInputs;
     const auto product = [&](std::int64_t panel, std::int64_t row0, std::int64_t rows) {
         alignas(64) std::int32_t kept[kBlockRows][kPanel];
-        std::int64_t done = 0;
-#if defined(__AMX_TILE__)
-        if constexpr (Form::kTiled)
-            if (rows >= kTileRows) done = by_tiles<Form>(args, panel, row0, rows, kept);
-#endif
         const std::int64_t step = rows <= kMost ? units : kSliceUnits;
-        for (std::int64_t unit = 0; unit < units && rows > 1 && done < rows; unit += step) {
+        for (std::int64_t unit = 0; unit < units && rows > 1; unit += step) {
             const std::int64_t end = unit + step < units ? unit + step : units;
-            for_chunks(done, rows - done, [&](auto count, std::int64_t row) {
+            for_chunks(0, rows, [&](auto count, std::int64_t row) {
                 for (int v = 0; v < kVectors; v += kWide)
                     chunk<Form, decltype(count)::value, kWide>(args, unit, end, row0, row, panel, v, kept);
             });
@@ -97,14 +58,6 @@ static inline void by_units(const Args& args, std::int64_t part, std::int64_t pa
             Form::finish(args, row0 + row, panel * kPanel, sums);
         }
     };
-#if defined(__AMX_TILE__)
-    if constexpr (Form::kTiled)
-        if (rows_of(args) >= kTileRows) {
-            const Tiles tiles;
-            for_panels(rows_of(args), args.n, units * 4, part, parts, product);
-            return;
-        }
-#endif
     for_panels(rows_of(args), args.n, units * 4, part, parts, product);
 }
 

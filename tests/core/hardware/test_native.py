@@ -6,14 +6,7 @@ from infopt.core.errors import UnsupportedError, UsageError
 from infopt.core.hardware import native as module
 from infopt.core.hardware.native import find_native, native_notice, tell_native, wanted_kernels
 from infopt.core.progress import Progress
-from infopt.kernels.cpu.native import NativeError, NoLibraryError, usable_isas
-
-
-def isas() -> tuple[str, ...]:
-    try:
-        return usable_isas()
-    except NativeError:
-        return ()
+from infopt.kernels.cpu.native import NativeError, NoLibraryError
 
 
 def none_built() -> None:
@@ -78,11 +71,3 @@ def test_a_set_of_instructions_that_is_not_there_is_refused(
             find_native(word)
     assert native_notice("auto") is None
     assert find_native("torch") is None
-
-
-@pytest.mark.skipif("amx" not in isas(), reason="this CPU or build has no AMX")
-def test_no_tiles_where_rows_must_not_depend_on_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("INFOPT_ISA", raising=False)
-    found, invariant = find_native("native"), find_native("native", invariant=True)
-    assert found is not None and found.isa == "amx"
-    assert invariant is not None and invariant.isa == "avx512"

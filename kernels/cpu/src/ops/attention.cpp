@@ -141,7 +141,7 @@ static void join(const AttendArgs &a, int64_t row, int64_t kv, const float* part
 }
 
 #include "../chunks.h"
-#include "../chunk_pairs.h"
+#include "../pair_chunks.h"
 
 // The rows of one request that stand behind one another: taken in chunks, or, where they are few,
 // each by itself, in at most so many pieces.
@@ -153,8 +153,12 @@ struct Group {
             const int64_t count = pieces_of(a.positions[end], a.window).count;
             if (count > pieces) pieces = count;
         }
-        const int64_t most = kMostVectors * a.kv_heads / a.heads;
-        if (end - begin >= kChunk && most > 0) chunk = most;
+        int64_t most = kMostVectors;
+        if (end - begin < kChunk || most * a.kv_heads < a.heads) return;
+#if defined(__AVX512BF16__)
+        if (in_pairs(a)) most = lanes_of_chunk(a, end - begin);
+#endif
+        chunk = most * a.kv_heads / a.heads;
     }
 
     int64_t items(const AttendArgs& a) const {
@@ -162,6 +166,15 @@ struct Group {
         return (chunk ? (rows + chunk - 1) / chunk : rows * pieces) * a.kv_heads;
     }
 };
+
+template <class Kv>
+static inline void attend_chunk_of(const AttendArgs& a, const Chunk& chunk) {
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(typename Kv::T) == 2)
+        if (in_pairs(a)) return attend_pairs(a, chunk);
+#endif
+    attend_chunk<Kv>(a, chunk);
+}
 
 template <class Kv>
 static void attend_item(const AttendArgs& a, int64_t row, int64_t alone, int64_t number, int64_t kv,
@@ -187,12 +200,15 @@ static void attend_item(const AttendArgs& a, int64_t row, int64_t alone, int64_t
 template <class Kv>
 static void attend_rows(const AttendArgs& a, int64_t part, int64_t parts) {
     int64_t all = 0, item = 0, alone = 0;
+    bool chunks = false;
     for (int64_t row = 0; row < *a.rows;) {
         const Group rows(a, row);
         all += rows.items(a);
+        chunks = chunks || rows.chunk;
         row = rows.end;
     }
-    const Share own(all, 1, part, parts);
+    // A prompt's last chunks see most, and come first: at the end threads wait for small ones.
+    const Share own(all, 1, chunks ? parts - 1 - part : part, parts);
     for (int64_t row = 0; row < *a.rows && item < own.end;) {
         const Group rows(a, row);
         const int64_t count = rows.end - rows.begin, end = item + rows.items(a);
@@ -202,14 +218,7 @@ static void attend_rows(const AttendArgs& a, int64_t part, int64_t parts) {
             const int64_t at = i - item, kv = at % a.kv_heads, rest = at / a.kv_heads;
             if (rows.chunk) {
                 const int64_t begin = rows.begin + rest * rows.chunk, stop = begin + rows.chunk;
-                const Chunk chunk{begin, stop < rows.end ? stop : rows.end, kv};
-#if defined(__AVX512BF16__)
-                if constexpr (sizeof(typename Kv::T) == 2) {
-                    attend_pairs(a, chunk);
-                    continue;
-                }
-#endif
-                attend_chunk<Kv>(a, chunk);
+                attend_chunk_of<Kv>(a, {begin, stop < rows.end ? stop : rows.end, kv});
                 continue;
             }
             attend_item<Kv>(a, rows.begin + rest % count, alone + rest % count, rest / count, kv,

@@ -1,4 +1,5 @@
 // Products with dense weights in float32 and bfloat16, and rows of such weights.
+#include "../tiles.h"
 #include "../units.h"
 
 namespace infopt {
@@ -8,7 +9,6 @@ namespace INFOPT_ISA {
 struct DenseFloat32 : Float32 {
     using Vector = vf;
     static constexpr std::int64_t kInputs = 1;
-    static constexpr bool kTiled = false;
 
     template <int R, int V>
     static inline void add(vf (&sums)[R][V], const char* w, const RowAddresses<R>& x, std::int64_t offset) {
@@ -29,10 +29,6 @@ struct DenseFloat32 : Float32 {
 struct DenseBFloat16 : BFloat16 {
     using Vector = vf;
     static constexpr std::int64_t kInputs = 2;
-    static constexpr bool kTiled = true;
-#if defined(__AMX_TILE__)
-    using Kind = TilesOfBFloat16;
-#endif
 
     template <int R, int V>
     static inline void add(vf (&sums)[R][V], const char* w, const RowAddresses<R>& x, std::int64_t offset) {
@@ -75,6 +71,14 @@ static void linear(const void* raw, std::int64_t part, std::int64_t parts) {
     by_units<Form>(*static_cast<const DenseArgs*>(raw), part, parts);
 }
 
+#if defined(__AMX_TILE__)
+static void linear_bfloat16(const void* raw, std::int64_t part, std::int64_t parts) {
+    by_tiles<DenseBFloat16, BFloat16Tiles>(*static_cast<const DenseArgs*>(raw), part, parts);
+}
+#else
+constexpr Op linear_bfloat16 = linear<DenseBFloat16>;
+#endif
+
 // A row is every 32nd unit of a panel: one number in float32, a pair of them in bfloat16.
 template <class T, std::int64_t PerUnit>
 static void rows(const void* raw, std::int64_t part, std::int64_t parts) {
@@ -101,7 +105,7 @@ static void rows(const void* raw, std::int64_t part, std::int64_t parts) {
 
 extern const Entry dense_ops[] = {
     {"linear_float32", linear<DenseFloat32>, sizeof(DenseArgs)},
-    {"linear_bfloat16", linear<DenseBFloat16>, sizeof(DenseArgs)},
+    {"linear_bfloat16", linear_bfloat16, sizeof(DenseArgs)},
     {"rows_float32", rows<Float32, 1>, sizeof(RowsArgs)},
     {"rows_bfloat16", rows<BFloat16, 2>, sizeof(RowsArgs)},
     {nullptr, nullptr, 0},

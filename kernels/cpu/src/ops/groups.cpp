@@ -185,12 +185,7 @@ static inline void add_block(const T&, vf (&sums)[R][V], const Tables<Bits>& tab
 
 #endif
 
-// What a group of a row's inputs is shifted by, where groups have zeros of their own.
-static inline vf shift_of(const GroupsArgs& args, std::int64_t at) {
-    if (args.zeros == nullptr) return vf{};
-    typedef std::uint8_t vb __attribute__((vector_size(kLanes)));
-    return __builtin_convertvector(load<vb>(args.zeros + at), vf) - static_cast<float>(args.zero);
-}
+#include "../tile_groups.h"
 
 // A chunk of R rows over a slice: each group summed by itself, then scaled.
 template <class T, int Bits, int R, int V>
@@ -213,7 +208,11 @@ static inline void chunk(const GroupsArgs& args, const Place& place, const Table
         for (int v = 0; v < V; ++v) {
             const std::int64_t at = (place.panel * groups + group) * kPanel + (first + v) * kLanes;
             const vf scale = load_as(args.scales, at, args.scale_type);
-            const vf shift = shift_of(args, at);
+            vf shift = {};
+            if (args.zeros != nullptr) {
+                typedef std::uint8_t vb __attribute__((vector_size(kLanes)));
+                shift = __builtin_convertvector(load<vb>(args.zeros + at), vf) - static_cast<float>(args.zero);
+            }
 #pragma GCC unroll 12
             for (int r = 0; r < R; ++r) {
                 vf sum = sums[r][v];
@@ -225,94 +224,17 @@ static inline void chunk(const GroupsArgs& args, const Place& place, const Table
     }
 }
 
-#if defined(__AMX_TILE__)
-
-// Inputs whose codes are unpacked at a time.
-constexpr std::int64_t kUnpacked = 512;
-
-// A block of 32 inputs as tiles of weights: pairs of exact integers, code less zero.
-template <int Bits>
-static inline void unpack_block(const Tables<Bits>& tables, const std::uint16_t* codes, char* to) {
-    for (int tile = 0; tile < 2; ++tile)
-        for (int run = 0; run < kRuns<Bits>; ++run) {
-            const Words<Bits> words(codes + tile * Bits * 32, run);
-#pragma GCC unroll 8
-            for (int i = 0; i < kEach<Bits>; ++i) {
-                const __m512i bits = words.pair(i);
-                __m512i values;
-                if constexpr (Bits == 8) {
-                    const vu even = (vu)tables.number(bits), odd = (vu)tables.number(_mm512_srli_epi32(bits, 16));
-                    values = (__m512i)(even >> 16 | (odd & 0xFFFF0000u));
-                } else {
-                    values = _mm512_permutexvar_epi16(bits, tables.low);
-                }
-                _mm512_storeu_si512(to + (run * kEach<Bits> + i) * 128 + tile * 64, values);
-            }
-        }
-}
-
-// sums += scale * (raw - shift * the sums of inputs), for up to 32 rows of a group.
-static inline void add_scaled(const GroupsArgs& args, const Place& place, std::int64_t group,
-                              std::int64_t rows, const float (*raw)[kPanel]) {
-    const std::int64_t groups = args.k / args.group, at = (place.panel * groups + group) * kPanel;
-    for (int v = 0; v < kVectors; ++v) {
-        const vf scale = load_as(args.scales, at + v * kLanes, args.scale_type);
-        const vf shift = shift_of(args, at + v * kLanes);
-        for (std::int64_t r = 0; r < rows; ++r) {
-            vf sum = load<vf>(raw[r] + v * kLanes);
-            if (args.zeros != nullptr)
-                sum -= shift * args.sums[(place.row0 + place.row + r) * groups + group];
-            float* kept = place.sums[place.row + r] + v * kLanes;
-            store(kept, load<vf>(kept) + sum * scale);
-        }
-    }
-}
-
-// The first rows of a block, as many as whole tiles take, each group summed by itself, then scaled.
-template <int Bits>
-static inline std::int64_t by_tiles(const GroupsArgs& args, const Tables<Bits>& tables, std::int64_t panel,
-                                    std::int64_t row0, std::int64_t rows, float (*sums)[kPanel]) {
-    const std::int64_t whole = rows / kTileRows * kTileRows, stride = args.x_stride * 2;
-    alignas(64) char values[kUnpacked / 2 * 128];
-    alignas(64) float raw[kBlockRows][kPanel];
-    const std::uint16_t* codes = args.codes + panel * args.k / kBlock * 2 * Bits * 32;
-    for (std::int64_t k = 0; k < args.k; k += args.group) {
-        for (std::int64_t in = 0; in < args.group; in += kUnpacked) {
-            const std::int64_t some = args.group - in < kUnpacked ? args.group - in : kUnpacked;
-            for (std::int64_t i = 0; i < some; i += kBlock, codes += 2 * Bits * 32)
-                unpack_block<Bits>(tables, codes, values + i / 2 * 128);
-            for (std::int64_t row = 0; row < whole; row += 2 * kTileRows) {
-                const char* x = static_cast<const char*>(args.x) + (row0 + row) * stride + (k + in) * 2;
-                char* c = reinterpret_cast<char*>(raw[row]);
-                if (whole - row > kTileRows)
-                    multiply_tiles<TilesOfBFloat16, 2>(x, stride, values, 128, c, 128, some / 2, in);
-                else
-                    multiply_tiles<TilesOfBFloat16, 1>(x, stride, values, 128, c, 128, some / 2, in);
-            }
-        }
-        add_scaled(args, {row0, 0, panel, 0, 0, sums}, k / args.group, whole, raw);
-    }
-    return whole;
-}
-
-#endif
-
 template <class T, int Bits>
 static inline void panel_of(const GroupsArgs& args, const Tables<Bits>& tables, std::int64_t panel,
                             std::int64_t row0, std::int64_t rows) {
     alignas(64) float sums[kBlockRows][kPanel];
     std::memset(sums, 0, sizeof(float) * kPanel * rows);
-    std::int64_t done = 0;
-#if defined(__AMX_TILE__)
-    if constexpr (T::kSize == 2)
-        if (rows >= kTileRows) done = by_tiles<Bits>(args, tables, panel, row0, rows, sums);
-#endif
     std::int64_t step = rows <= kMost ? args.k : kSlice / args.group * args.group;
     if (step < args.group) step = args.group;
-    for (std::int64_t k = 0; k < args.k && done < rows; k += step) {
+    for (std::int64_t k = 0; k < args.k; k += step) {
         const std::int64_t end = k + step < args.k ? k + step : args.k;
-        for_few_chunks(rows - done, [&](auto count, std::int64_t row) {
-            const Place place{row0, done + row, panel, k, end, sums};
+        for_few_chunks(rows, [&](auto count, std::int64_t row) {
+            const Place place{row0, row, panel, k, end, sums};
             for (int v = 0; v < kVectors; v += kWide)
                 chunk<T, Bits, decltype(count)::value, kWide>(args, place, tables, v);
         });
@@ -327,18 +249,22 @@ static inline void panel_of(const GroupsArgs& args, const Tables<Bits>& tables, 
 template <class T, int Bits>
 static void product(const GroupsArgs& args, std::int64_t part, std::int64_t parts) {
     const Tables<Bits> tables(args.zero);
-    const auto body = [&](std::int64_t panel, std::int64_t row0, std::int64_t rows) {
-        panel_of<T, Bits>(args, tables, panel, row0, rows);
-    };
-    const std::int64_t rows = rows_of(args), bytes = args.k * T::kSize;
-#if defined(__AMX_TILE__)
-    if (rows >= kTileRows) {
-        const Tiles tiles;
-        return for_panels(rows, args.n, bytes, part, parts, body);
-    }
-#endif
-    for_panels(rows, args.n, bytes, part, parts, body);
+    for_panels(rows_of(args), args.n, args.k * T::kSize, part, parts,
+               [&](std::int64_t panel, std::int64_t row0, std::int64_t rows) {
+                   panel_of<T, Bits>(args, tables, panel, row0, rows);
+               });
 }
+
+#if defined(__AMX_TILE__)
+static void tiled_by_bits(const GroupsArgs& args, std::int64_t part, std::int64_t parts) {
+    switch (args.bits) {
+        case 2: return tiled_product<2>(args, part, parts);
+        case 3: return tiled_product<3>(args, part, parts);
+        case 4: return tiled_product<4>(args, part, parts);
+        case 8: return tiled_product<8>(args, part, parts);
+    }
+}
+#endif
 
 template <class T>
 static void by_bits(const GroupsArgs& args, std::int64_t part, std::int64_t parts) {
@@ -352,6 +278,9 @@ static void by_bits(const GroupsArgs& args, std::int64_t part, std::int64_t part
 
 static void linear_groups(const void* raw, std::int64_t part, std::int64_t parts) {
     const GroupsArgs& args = *static_cast<const GroupsArgs*>(raw);
+#if defined(__AMX_TILE__)
+    if (in_tiles(args)) return tiled_by_bits(args, part, parts);
+#endif
     return args.x_type == kFloat32 ? by_bits<Float32>(args, part, parts) : by_bits<BFloat16>(args, part, parts);
 }
 

@@ -1,4 +1,5 @@
 // Products of 8-bit integers, and rows rounded to them.
+#include "../tiles.h"
 #include "../units.h"
 
 namespace infopt {
@@ -7,10 +8,6 @@ namespace INFOPT_ISA {
 struct Integers {
     using Vector = vi;
     static constexpr std::int64_t kInputs = 4;
-    static constexpr bool kTiled = true;
-#if defined(__AMX_TILE__)
-    using Kind = TilesOfIntegers;
-#endif
 
     template <int R, int V>
     static inline void add(vi (&sums)[R][V], const char* w, const RowAddresses<R>& x, std::int64_t offset) {
@@ -59,16 +56,17 @@ struct Integers {
 #endif
 
     static inline void finish(const Int8Args& args, std::int64_t row, std::int64_t at, const vi* sums) {
+        if (args.n - at >= kPanel) return finish(args, row, at, sums, args.ends + at, args.scales + at);
         // An output's own numbers end where the outputs do.
-        alignas(64) std::int32_t some_ends[kPanel] = {};
-        alignas(64) float some_scales[kPanel] = {};
-        const std::int32_t* ends = args.ends + at;
-        const float* scales = args.scales + at;
-        if (args.n - at < kPanel) {
-            std::memcpy(some_ends, ends, sizeof(std::int32_t) * (args.n - at));
-            std::memcpy(some_scales, scales, sizeof(float) * (args.n - at));
-            ends = some_ends, scales = some_scales;
-        }
+        alignas(64) std::int32_t ends[kPanel] = {};
+        alignas(64) float scales[kPanel] = {};
+        std::memcpy(ends, args.ends + at, sizeof(std::int32_t) * (args.n - at));
+        std::memcpy(scales, args.scales + at, sizeof(float) * (args.n - at));
+        finish(args, row, at, sums, ends, scales);
+    }
+
+    static inline void finish(const Int8Args& args, std::int64_t row, std::int64_t at, const vi* sums,
+                              const std::int32_t* ends, const float* scales) {
         vf values[kVectors];
         for (int v = 0; v < kVectors; ++v) {
             const vi whole = sums[v] - load<vi>(ends + v * kLanes);
@@ -79,7 +77,12 @@ struct Integers {
 };
 
 static void linear_int8(const void* raw, std::int64_t part, std::int64_t parts) {
-    by_units<Integers>(*static_cast<const Int8Args*>(raw), part, parts);
+    const Int8Args& args = *static_cast<const Int8Args*>(raw);
+#if defined(__AMX_TILE__)
+    by_tiles<Integers, IntegerTiles>(args, part, parts);
+#else
+    by_units<Integers>(args, part, parts);
+#endif
 }
 
 static inline float number(const void* x, std::int64_t at, std::int32_t type) {
