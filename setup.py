@@ -21,7 +21,7 @@ _AVX512 = [
 X86 = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": _AVX512,
-    "amx": [*_AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
+    "amx": [*_AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-mprfchw"],
 }
 
 
