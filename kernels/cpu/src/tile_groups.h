@@ -3,20 +3,16 @@
 // sums leave their tiles to be scaled. Included by ops/groups.cpp.
 #if defined(__AMX_TILE__)
 
-// Inputs whose tiles are laid out at a time, and those of the largest group that is laid out.
-constexpr std::int64_t kLaidOut = 512, kMostLaidOut = 2048;
+// Inputs whose tiles are laid out at a time: whole groups, or a part of one.
+constexpr std::int64_t kLaidOut = 512;
 // Rows that are taken together: their sums are kept beside the tiles.
 constexpr std::int64_t kTiledRows = 512;
 
 struct GroupSpace {
-    alignas(64) char weights[kMostLaidOut / kBlock * kStepBytes];
+    alignas(64) char weights[kLaidOut / kBlock * kStepBytes];
     alignas(64) float sums[kTiledRows][kPanel];
+    TileSums open[kTiledRows / (2 * kTileRows)];  // of a group that is not whole yet, by 32 rows
 };
-
-// Larger groups go without tiles, whatever the number of rows.
-static inline bool in_tiles(const GroupsArgs& args) {
-    return args.x_type == kBFloat16 && args.group <= kMostLaidOut;
-}
 
 // The values of a pair of inputs of 16 outputs, whose codes are the lowest bits of each word.
 template <int Bits>
@@ -65,47 +61,50 @@ static inline void add_group(const GroupsArgs& args, std::int64_t panel, std::in
     }
 }
 
-// Up to 32 rows over the groups [from, to), whose tiles are laid out.
+// Up to 32 rows over the inputs [begin, end), whose tiles are laid out.
 template <bool Two>
-static inline void add_groups(const GroupsArgs& args, const GroupSpace& space, std::int64_t panel,
-                              std::int64_t from, std::int64_t to, std::int64_t row, std::int64_t rows,
-                              float (*sums)[kPanel]) {
-    const std::int64_t stride = args.x_stride * 2, steps = args.group / kBlock;
-    const char* x = static_cast<const char*>(args.x) + row * stride + from * args.group * 2;
-    const char* w = space.weights;
-    TileSums found;
-    for (std::int64_t group = from; group < to; ++group) {
-        clear_sums<Two>();
-        for (std::int64_t step = 0; step < steps; ++step, x += kTileBytes, w += kStepBytes)
-            add_step<BFloat16Tiles, Two>(x, stride, w);
+static inline void add_inputs(const GroupsArgs& args, GroupSpace& space, std::int64_t panel, std::int64_t begin,
+                              std::int64_t end, std::int64_t row0, const TileRows& some, std::int64_t row) {
+    const char *x = some.x + begin * 2, *w = space.weights;
+    TileSums& found = space.open[row / (2 * kTileRows)];
+    for (std::int64_t k = begin; k < end;) {
+        if (k % args.group == 0)
+            clear_sums<Two>();
+        else
+            load_sums<Two>(&found);
+        const std::int64_t group = k / args.group, last = (group + 1) * args.group;
+        for (const std::int64_t stop = last < end ? last : end; k < stop; k += kBlock, x += kTileBytes, w += kStepBytes)
+            add_step<BFloat16Tiles, Two>(x, some.stride, w);
         keep_sums<Two>(&found);
-        add_group(args, panel, group, row, rows, found, sums);
+        if (k == last) add_group(args, panel, group, row0 + row, some.rows, found, space.sums + row);
     }
 }
 
 template <int Bits>
 static inline void tiled_panel(const GroupsArgs& args, const Tables<Bits>& tables, Tiles& tiles,
                                GroupSpace& space, std::int64_t panel, std::int64_t row0, std::int64_t rows) {
-    const std::int64_t groups = args.k / args.group, words = 2 * Bits * 32;
-    const std::int64_t each = args.group < kLaidOut ? kLaidOut / args.group : 1;
+    const std::int64_t words = 2 * Bits * 32, stride = args.x_stride * 2;
+    const std::int64_t whole_groups = kLaidOut / args.group * args.group;
     const std::uint16_t* codes = args.codes + panel * args.k / kBlock * words;
     std::memset(space.sums, 0, sizeof(float) * kPanel * rows);
-    for (std::int64_t from = 0; from < groups; from += each) {
-        const std::int64_t to = from + each < groups ? from + each : groups;
+    for (std::int64_t begin = 0, end = 0; begin < args.k; begin = end) {
+        // Of a group that is larger, no further than to its end.
+        const std::int64_t border = whole_groups ? args.k : (begin / args.group + 1) * args.group;
+        end = begin + (whole_groups ? whole_groups : kLaidOut);
+        if (end > border) end = border;
         char* laid = space.weights;
-        for (std::int64_t k = from * args.group; k < to * args.group; k += kBlock, codes += words, laid += kStepBytes) {
+        for (std::int64_t k = begin; k < end; k += kBlock, codes += words, laid += kStepBytes) {
             for (int line = 0; line < 2 * Bits; ++line) prefetch<1>(codes + line * 32 + kAhead / 4);
             lay_block<Bits>(tables, codes, laid);
         }
         stores_are_done();
-        for (std::int64_t row = 0; row < rows; row += 2 * kTileRows) {
-            const std::int64_t some = rows - row < 2 * kTileRows ? rows - row : 2 * kTileRows;
-            tiles.shape(some);
-            if (some > kTileRows)
-                add_groups<true>(args, space, panel, from, to, row0 + row, some, space.sums + row);
-            else
-                add_groups<false>(args, space, panel, from, to, row0 + row, some, space.sums + row);
-        }
+        for_tiles(tiles, static_cast<const char*>(args.x) + row0 * stride, stride, rows,
+                  [&](const TileRows& some, std::int64_t row) {
+                      if (some.rows > kTileRows)
+                          add_inputs<true>(args, space, panel, begin, end, row0, some, row);
+                      else
+                          add_inputs<false>(args, space, panel, begin, end, row0, some, row);
+                  });
     }
     for (std::int64_t row = 0; row < rows; ++row) {
         const vf whole[2] = {load<vf>(space.sums[row]), load<vf>(space.sums[row] + 16)};

@@ -119,13 +119,15 @@ static inline void keep_sums(void* sums) {
     }
 }
 
-// Of 32 rows.
+template <bool Two>
 static inline void load_sums(const void* sums) {
     const char* at = static_cast<const char*>(sums);
     _tile_loadd(0, at, kUnitBytes);
     _tile_loadd(1, at + kTileBytes, kUnitBytes);
-    _tile_loadd(2, at + kTileRows * kUnitBytes, kUnitBytes);
-    _tile_loadd(3, at + kTileRows * kUnitBytes + kTileBytes, kUnitBytes);
+    if constexpr (Two) {
+        _tile_loadd(2, at + kTileRows * kUnitBytes, kUnitBytes);
+        _tile_loadd(3, at + kTileRows * kUnitBytes + kTileBytes, kUnitBytes);
+    }
 }
 
 // Up to 32 rows of inputs.
