@@ -14,14 +14,15 @@ SOURCES = Path(__file__).resolve().parent / "kernels" / "cpu" / "src"
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 # GCC 12 takes its own headers' undefined vectors for mistakes.
 COMMON += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+_AVX512 = [
+    "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16",
+    "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512",
+]  # fmt: skip
 X86 = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": [
-        "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16",
-        "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512",
-    ],
-}  # fmt: skip
-X86["amx"] = [*X86["avx512"], "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+    "avx512": _AVX512,
+    "amx": [*_AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-mprfchw"],
+}
 
 
 class BuildNative(build_ext):

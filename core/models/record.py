@@ -25,6 +25,7 @@ from infopt.kernels.attention.eight_bits import FP8
 from infopt.kernels.attention.scores import Scores
 from infopt.kernels.cpu import attention, elementwise, packed, unpacked
 from infopt.kernels.cpu.attention import Heads, Scratch
+from infopt.kernels.cpu.dense import DensePanels
 from infopt.kernels.cpu.groups8 import groups8
 from infopt.kernels.cpu.program import KINDS, Count, Program
 
@@ -136,6 +137,11 @@ def product(
             raise Unrecordable(f"its {label} is held as {type(part).__name__}")
 
 
+def _rounds(part: Projection) -> bool:
+    """Whether a projection reads the copy in bfloat16 of what it is given, and nothing else."""
+    return isinstance(part, NativeLinear) and part.weight.panels.dtype == torch.bfloat16
+
+
 @dataclass(frozen=True, slots=True)
 class _Numbered:
     """A layer that says which it is, so that what its calls take can be told."""
@@ -223,6 +229,15 @@ class _Recorder:
     def mlp(self, mlp: FeedForward) -> FeedForward:
         curve = self.decoder.config.activation
         match mlp:
+            case GatedMLP(gate_up=NativeLinear(weight=both, bias=None)) if packed.takes_gates(
+                self.program, both
+            ):
+                return replace(
+                    mlp,
+                    gate_up=cast(Any, lambda x: x),
+                    down=self.projection(mlp.down, "down"),
+                    gate=self.gated(both, curve, keeps=not _rounds(mlp.down)),
+                )
             case GatedMLP():
                 return replace(
                     mlp,
@@ -326,6 +341,12 @@ class _Recorder:
             return elementwise.gate(self._label("activation"), x, curve, gated)
 
         return gate
+
+    def gated(self, weight: DensePanels, curve: Activation, *, keeps: bool) -> Part:
+        def gated(x: Tensor) -> Tensor:
+            return packed.gated(self._label("gate_up"), x, weight, curve, keeps=keeps)
+
+        return gated
 
     def cap(self, logits: Tensor, cap: float) -> Tensor:
         elementwise.cap(self._label("lm_head"), logits, cap)

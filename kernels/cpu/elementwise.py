@@ -14,7 +14,7 @@ from torch import Tensor
 from infopt.kernels.cpu.program import KINDS, Program
 
 Curve = Literal["silu", "relu", "gelu", "gelu_tanh"]
-_CURVES: dict[Curve, int] = {"silu": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
+CURVES: dict[Curve, int] = {"silu": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
 
 
 class EmbedArgs(ctypes.Structure):
@@ -169,7 +169,7 @@ def gate_reference(x: Tensor, curve: Curve, gated: bool) -> Tensor:
 def gate(program: Program, x: Tensor, curve: Curve, gated: bool) -> Tensor:
     """As `gate_reference`."""
     out = program.buffer(x.shape[1] // 2 if gated else x.shape[1])
-    numbers = {"inner": out.shape[1], "curve": _CURVES[curve], "gated": gated}
+    numbers = {"inner": out.shape[1], "curve": CURVES[curve], "gated": gated}
     tensors, parts = {"x": x, "out": out}, program.parts(4 * x.numel())
     program.append("gate", GateArgs, tensors, numbers, parts=parts, out=out)
     return out

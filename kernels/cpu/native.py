@@ -59,6 +59,11 @@ class Native:
             raise NativeError(f"the native library has no op {name} of these arguments: build anew")
         return int(found)
 
+    def has(self, name: str, args: type[ctypes.Structure]) -> bool:
+        """Whether there is such an op for this set of instructions."""
+        found = self._library.infopt_op(ISAS.index(self.isa), name.encode(), ctypes.sizeof(args))
+        return bool(found)
+
     def run(self, calls: "ctypes.Array[Call]", threads: int) -> None:
         """Run calls one after the other, each on up to `threads` threads; returns when all are
         done. Other threads of Python run meanwhile."""

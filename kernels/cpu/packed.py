@@ -5,12 +5,21 @@ is not to be a buffer of its own: some columns of one.
 """
 
 import ctypes
-from ctypes import c_int64, c_void_p
+from ctypes import c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
-from infopt.kernels.cpu.dense import NAMES, TYPES, DenseArgs, DensePanels, RowsArgs, parts
+from infopt.kernels.cpu.dense import (
+    NAMES,
+    PANEL,
+    TYPES,
+    DenseArgs,
+    DensePanels,
+    RowsArgs,
+    parts,
+)
+from infopt.kernels.cpu.elementwise import CURVES, Curve
 from infopt.kernels.cpu.groups import GroupPanels, GroupsArgs, GroupSumsArgs
 from infopt.kernels.cpu.int8 import Grid, Int8Args, Int8Panels, QuantizeArgs, steps_buffer
 from infopt.kernels.cpu.program import Program
@@ -20,6 +29,16 @@ class ColumnsArgs(ctypes.Structure):
     _fields_ = (
         ("rows", c_void_p), ("x", c_void_p), ("columns", c_void_p), ("out", c_void_p),
         ("rounded", c_void_p), ("rounded_stride", c_int64), ("width", c_int64),
+    )  # fmt: skip
+
+
+class GatedArgs(ctypes.Structure):
+    """linear.h's `GatedArgs`: `gated_bfloat16`."""
+
+    _fields_ = (
+        ("x", c_void_p), ("weight", c_void_p), ("out", c_void_p), ("rounded", c_void_p),
+        ("rows", c_void_p), ("m", c_int64), ("n", c_int64), ("k", c_int64), ("x_stride", c_int64),
+        ("rounded_stride", c_int64), ("curve", c_int32),
     )  # fmt: skip
 
 
@@ -51,6 +70,35 @@ def dense(
         weight=weight.panels,
     )
     return y
+
+
+def takes_gates(program: Program, weight: DensePanels) -> bool:
+    """Whether `gated` does on this CPU what `dense` and then `gate` would."""
+    whole = weight.outputs % (2 * PANEL) == 0 and weight.panels.dtype == torch.bfloat16
+    return whole and program.has("gated_bfloat16", GatedArgs)
+
+
+def gated(program: Program, x: Tensor, weight: DensePanels, curve: Curve, *, keeps: bool) -> Tensor:
+    """curve(gate) * up of the product, gates before ups in the weight; what it rounds to bfloat16
+    is good without `keeps` too, which writes the rest."""
+    outputs, inputs = weight.shape
+    given, out = program.rounded(x), program.buffer(outputs // 2)
+    program.append(
+        "gated_bfloat16",
+        GatedArgs,
+        {"x": given, "weight": weight.panels, "out": out if keeps else None},
+        {
+            "m": program.capacity,
+            "n": outputs // 2,
+            "k": inputs,
+            "x_stride": given.stride(0),
+            "curve": CURVES[curve],
+        },
+        parts=parts(1, outputs, inputs, program.threads),
+        out=out,
+        weight=weight.panels,
+    )
+    return out
 
 
 def groups(

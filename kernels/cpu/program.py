@@ -123,6 +123,10 @@ class Program:
         self._labels.append((self.label or name, self.layer))
         self._ready = None
 
+    def has(self, name: str, kind: type[ctypes.Structure]) -> bool:
+        """Whether `append` knows this op on this CPU."""
+        return self._native.has(name, kind)
+
     def _fetch(self, weight: Tensor) -> None:
         """Calls from the last that has a weight on fetch this one; those after it, the first's."""
         for each in self._calls[self._from :]:

@@ -31,6 +31,18 @@ struct DenseArgs {
     std::int32_t adds;    // to what y holds, which must be float32; 0: y is written
 };
 
+// gated_bfloat16: curve(gate) * up of a product with a bfloat16 weight of 2 n outputs, gates before
+// ups, n a multiple of 32. Only with tiles.
+struct GatedArgs {
+    const void* x;             // [m, k] bfloat16, rows x_stride apart
+    const void* weight;
+    float* out;                // [m, n], or null
+    bf16* rounded;             // a copy of it, or null; rows rounded_stride apart
+    const std::int64_t* rows;  // where m is read when the op is run, or null
+    std::int64_t m, n, k, x_stride, rounded_stride;
+    std::int32_t curve;
+};
+
 // rows_float32, rows_bfloat16: rows of a weight packed as above, as they were.
 struct RowsArgs {
     const void* weight;

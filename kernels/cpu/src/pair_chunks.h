@@ -47,7 +47,7 @@ static inline void multiply_pairs(const bf16* x, int64_t x_stride, int64_t rows,
     stores_are_done();
     for (int64_t r = 0; r < rows; r += 2 * kTileRows, y += 2 * kTileRows * kPanel) {
         if (adds)
-            load_sums(y);
+            load_sums<true>(y);
         else
             clear_sums<true>();
         const char* row = from + r * 2 * x_stride;

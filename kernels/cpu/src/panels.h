@@ -127,27 +127,33 @@ struct BFloat16 {
     }
 };
 
-// The sums of a row's outputs of a panel, and what is added to them, in float32 at `values`.
-template <class Args>
-static inline void put_float32(const Args& args, std::int64_t row, std::int64_t at, float* values,
-                               std::int64_t count) {
-    float* y = static_cast<float*>(args.y) + row * args.y_stride + at;
-    if (args.adds != 0)
-        for (std::int64_t i = 0; i < count; ++i) values[i] += y[i];
-    std::memcpy(y, values, sizeof(float) * count);
+// Writes one row's outputs of a whole panel without anything to add.
+static inline void put_whole(void* y, std::int64_t at, std::int32_t type, const vf* sums) {
+    for (int v = 0; v < kVectors; ++v) {
+        if (type == kFloat32)
+            store(static_cast<float*>(y) + at + v * kLanes, sums[v]);
+        else
+            store(static_cast<bf16*>(y) + at + v * kLanes, narrow(sums[v]));
+    }
 }
 
 // Writes one row's outputs of a panel, from output `at` on.
 template <class Args>
 static inline void put(const Args& args, std::int64_t row, std::int64_t at, const vf* sums) {
+    if (args.n - at >= kPanel && args.bias == nullptr && args.adds == 0)
+        return put_whole(args.y, row * args.y_stride + at, args.y_type, sums);
     alignas(64) float values[kPanel];
     const std::int64_t count = args.n - at < kPanel ? args.n - at : kPanel;
     for (int v = 0; v < kVectors; ++v) store(values + v * kLanes, sums[v]);
     if (args.bias != nullptr)
         for (std::int64_t i = 0; i < count; ++i) values[i] += args.bias[at + i];
-    // A whole panel's outputs are so many that the compiler knows of.
-    if (args.y_type == kFloat32 && count == kPanel) return put_float32(args, row, at, values, kPanel);
-    if (args.y_type == kFloat32) return put_float32(args, row, at, values, count);
+    if (args.y_type == kFloat32) {
+        float* y = static_cast<float*>(args.y) + row * args.y_stride + at;
+        if (args.adds != 0)
+            for (std::int64_t i = 0; i < count; ++i) values[i] += y[i];
+        std::memcpy(y, values, sizeof(float) * count);
+        return;
+    }
     alignas(64) bf16 rounded[kPanel];
     for (int v = 0; v < kVectors; ++v) store(rounded + v * kLanes, narrow(load<vf>(values + v * kLanes)));
     std::memcpy(static_cast<bf16*>(args.y) + row * args.y_stride + at, rounded, sizeof(bf16) * count);

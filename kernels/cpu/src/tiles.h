@@ -119,13 +119,15 @@ static inline void keep_sums(void* sums) {
     }
 }
 
-// Of 32 rows.
+template <bool Two>
 static inline void load_sums(const void* sums) {
     const char* at = static_cast<const char*>(sums);
     _tile_loadd(0, at, kUnitBytes);
     _tile_loadd(1, at + kTileBytes, kUnitBytes);
-    _tile_loadd(2, at + kTileRows * kUnitBytes, kUnitBytes);
-    _tile_loadd(3, at + kTileRows * kUnitBytes + kTileBytes, kUnitBytes);
+    if constexpr (Two) {
+        _tile_loadd(2, at + kTileRows * kUnitBytes, kUnitBytes);
+        _tile_loadd(3, at + kTileRows * kUnitBytes + kTileBytes, kUnitBytes);
+    }
 }
 
 // Up to 32 rows of inputs.
@@ -160,27 +162,52 @@ static inline void tile_block(const TileRows& given, std::int64_t bytes, const c
     keep_sums<Two>(&sums);
 }
 
-// Calls body(row, rows, sums) for 32 rows after the other of a panel of weights at `w`.
-template <class Dot, class Body>
-static inline void for_tiles(Tiles& tiles, const char* x, std::int64_t stride, std::int64_t rows,
-                             std::int64_t bytes, const char* w, Body body) {
-    TileSums sums;
-    const std::int64_t steps = (bytes + kTileBytes - 1) / kTileBytes;
-    const std::int64_t blocks = (rows + 2 * kTileRows - 1) / (2 * kTileRows);
-    // A single block is through with the panel at once; several fetch the next one, each a part.
-    const int lines = static_cast<int>((kStepBytes / 64 + blocks - 1) / blocks);
-    const char* next = blocks == 1 ? w + kTilesAhead : w + (bytes + 3) / 4 * kUnitBytes;
-    for (std::int64_t block = 0; block < blocks; ++block) {
-        const std::int64_t row = block * 2 * kTileRows, left = rows - row;
+// Where a panel's outputs go, to be fetched while they are computed.
+struct Outputs {
+    char* at;
+    std::int64_t stride, bytes;
+
+    void fetch(std::int64_t row, std::int64_t rows) const {
+        for (std::int64_t r = row; r < row + rows; ++r)
+            for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + r * stride + b, 1, 3);
+    }
+};
+
+// What is fetched while blocks of 32 rows go through a panel of weights at `w`. A single block is
+// through with the panel at once; several fetch the one at `next`, each a part.
+struct Ahead {
+    const char* from;
+    std::int64_t each;
+    int lines;
+
+    Ahead(const char* w, const char* next, std::int64_t bytes, std::int64_t rows) {
+        const std::int64_t blocks = (rows + 2 * kTileRows - 1) / (2 * kTileRows);
+        lines = static_cast<int>((kStepBytes / 64 + blocks - 1) / blocks);
+        each = (bytes + kTileBytes - 1) / kTileBytes * lines * 64;
+        from = blocks == 1 ? w + kTilesAhead : next;
+    }
+    const char* of(std::int64_t row) const { return from + row / (2 * kTileRows) * each; }
+};
+
+// Calls body(given, row) for 32 rows after the other, tiles shaped for them.
+template <class Body>
+static inline void for_tiles(Tiles& tiles, const char* x, std::int64_t stride, std::int64_t rows, Body body) {
+    for (std::int64_t row = 0; row < rows; row += 2 * kTileRows) {
+        const std::int64_t left = rows - row;
         const TileRows some{x + row * stride, stride, left < 2 * kTileRows ? left : 2 * kTileRows};
         tiles.shape(some.rows);
-        const char* ahead = next + block * steps * lines * 64;
-        if (some.rows > kTileRows)
-            tile_block<Dot, true>(some, bytes, w, ahead, lines, sums);
-        else
-            tile_block<Dot, false>(some, bytes, w, ahead, lines, sums);
-        body(row, some.rows, sums);
+        body(some, row);
     }
+}
+
+// `tile_block` for as many rows as there are.
+template <class Dot>
+static inline void tile_rows(const TileRows& some, std::int64_t row, std::int64_t bytes, const char* w,
+                             const Ahead& ahead, TileSums& sums) {
+    if (some.rows > kTileRows)
+        tile_block<Dot, true>(some, bytes, w, ahead.of(row), ahead.lines, sums);
+    else
+        tile_block<Dot, false>(some, bytes, w, ahead.of(row), ahead.lines, sums);
 }
 
 // Rows of `row_bytes` that are taken together: blocks alike in size.
@@ -189,7 +216,7 @@ static inline std::int64_t tiled_rows(std::int64_t m, std::int64_t row_bytes) {
     const std::int64_t held = kTiledBytes / row_bytes / kGrain * kGrain;
     const std::int64_t most = held < kGrain ? kGrain : held;
     const std::int64_t blocks = m <= most ? 1 : (m + most - 1) / most;
-    const std::int64_t size = (m + blocks - 1) / blocks;
+    const std::int64_t size = m < 1 ? 1 : (m + blocks - 1) / blocks;
     return (size + kGrain - 1) / kGrain * kGrain;
 }
 
@@ -200,16 +227,23 @@ static inline void by_tiles(const Args& args, std::int64_t part, std::int64_t pa
     const std::int64_t bytes = args.k * 4 / Form::kInputs, stride = args.x_stride * 4 / Form::kInputs;
     const std::int64_t panel_bytes = (bytes + 3) / 4 * kUnitBytes;
     Tiles tiles;
+    const std::int64_t y_bytes = args.y_type == kFloat32 ? 4 : 2;
     const auto product = [&](std::int64_t panel, std::int64_t row0, std::int64_t rows) {
-        const auto finish = [&](std::int64_t row, std::int64_t count, const TileSums& found) {
-            for (std::int64_t r = 0; r < count; ++r) {
-                Vector sums[kVectors];
-                for (int v = 0; v < kVectors; ++v) sums[v] = load<Vector>(found.at[r] + v * kLanes);
-                Form::finish(args, row0 + row + r, panel * kPanel, sums);
-            }
-        };
-        for_tiles<Dot>(tiles, static_cast<const char*>(args.x) + row0 * stride, stride, rows, bytes,
-                       static_cast<const char*>(args.weight) + panel * panel_bytes, finish);
+        const Outputs y{static_cast<char*>(args.y) + (row0 * args.y_stride + panel * kPanel) * y_bytes,
+                        args.y_stride * y_bytes, kPanel * y_bytes};
+        const char* w = static_cast<const char*>(args.weight) + panel * panel_bytes;
+        const Ahead ahead(w, w + panel_bytes, bytes, rows);
+        TileSums found;
+        for_tiles(tiles, static_cast<const char*>(args.x) + row0 * stride, stride, rows,
+                  [&](const TileRows& some, std::int64_t row) {
+                      y.fetch(row, some.rows);
+                      tile_rows<Dot>(some, row, bytes, w, ahead, found);
+                      for (std::int64_t r = 0; r < some.rows; ++r) {
+                          Vector sums[kVectors];
+                          for (int v = 0; v < kVectors; ++v) sums[v] = load<Vector>(found.at[r] + v * kLanes);
+                          Form::finish(args, row0 + row + r, panel * kPanel, sums);
+                      }
+                  });
     };
     const std::int64_t m = rows_of(args);
     for_blocks(m, args.n, tiled_rows(m, stride), part, parts, product);

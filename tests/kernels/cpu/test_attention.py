@@ -136,6 +136,41 @@ def test_several_rows_of_one_request(
             assert torch.equal(run(slice(row, row + 1), 1)[0], whole[row])
 
 
+@pytest.mark.parametrize("scores", [Scores(0.125), Scores(0.125, 150), Scores(0.2, None, 4.0)])
+@pytest.mark.parametrize("shape", [Heads(9, 3, 64), Heads(4, 1, 256), Heads(7, 1, 96)], ids=str)
+def test_a_long_prompt_in_large_chunks(native: Native, shape: Heads, scores: Scores) -> None:
+    """Over several spans of tokens, the last ones not whole, all that no row sees NaN; against
+    float64, from the values that the cache holds."""
+    torch.manual_seed(0)
+    rows, context = 401, 700
+    cache, tables = filled(shape, torch.bfloat16, (context,), 16)
+    qkv = torch.randn(rows, shape.width)
+    program = Program(native, rows, 2)
+    program.rows = rows
+    positions = torch.arange(context - rows, context)
+    owners = torch.zeros(rows, dtype=torch.int32)
+    scratch = new_scratch(rows, shape, context)
+    out = attend(program, qkv, cache, positions, owners, tables, shape, scores, scratch)
+    rounded = program.rounded(out.fill_(torch.nan))
+    program.run()
+    at = torch.arange(context)
+    held = cache[tables[0, at // 16].long(), at % 16].double()[..., : shape.head_dim]
+    keys, values = (
+        each.repeat_interleave(shape.heads // shape.kv_heads, 1) for each in held.unbind(1)
+    )
+    query = qkv.view(rows, -1, shape.head_dim)[:, : shape.heads].double()
+    logits = torch.einsum("rhd,thd->hrt", query, keys) * scores.scale
+    if scores.cap:
+        logits = scores.cap * torch.tanh(logits / scores.cap)
+    away = positions[:, None] - at
+    hidden = (away < 0) | (away >= (scores.window or context))
+    weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+    wanted = torch.einsum("hrt,thd->rhd", weights, values).flatten(1)
+    error = (out - wanted).norm() / wanted.norm()
+    assert error < (1e-2 if rounds(native, torch.bfloat16, shape) else 1e-5)
+    assert torch.equal(rounded, out.bfloat16())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_row_depends_on_the_others(native: Native, dtype: torch.dtype) -> None:
     """To the last bit: not on its place, nor on how many threads there are."""

@@ -124,6 +124,19 @@ def test_a_row_is_the_same_whatever_stands_beside_it(
         assert torch.equal(found, alone[:m]), m
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group", [1184, 32])
+def test_groups_larger_than_what_is_laid_out(native: Native, bits: int, group: int) -> None:
+    """Over more rows than are taken together; a row alone as among the others."""
+    _, weight = made(bits, 40, 1184, group, even=False)
+    x = torch.randn(601, 1184).bfloat16()
+    found = groups_linear(native, x, weight, None, threads=2)
+    close(found, x, weight)
+    for row in (0, 31, 520, 600):
+        alone = groups_linear(native, x[row : row + 1], weight, None, threads=1)
+        assert torch.equal(alone[0], found[row])
+
+
 def test_bfloat16_inputs_are_not_rounded_further(native: Native) -> None:
     """In one group, products of 4-bit codes and inputs, and their sum, are exact in float32."""
     codes = torch.randint(16, (32, 64)).to(torch.uint8)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from infopt.kernels.cpu import packed
 from infopt.kernels.cpu.dense import dense_linear, dense_rows, pack_dense
+from infopt.kernels.cpu.elementwise import Curve, gate
 from infopt.kernels.cpu.groups import groups_linear, pack_groups
 from infopt.kernels.cpu.int8 import Grid, int8_linear, pack_int8
 from infopt.kernels.cpu.native import Native
@@ -40,6 +41,38 @@ def test_dense(native: Native, dtype: torch.dtype, shape: tuple[int, int]) -> No
     check(y, dense_linear(native, x[:ROWS].to(dtype), weight, bias, threads=1), dtype)
     assert torch.equal(wide[:ROWS, 2:-3], y[:ROWS])
     assert wide[:, :2].isnan().all() and wide[:, -3:].isnan().all()
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("curve", ["silu", "relu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize(("inner", "k", "rows"), [(32, 18, 5), (96, 576, 75)])
+def test_gates_at_once_are_gates_after_a_product(
+    native: Native, inner: int, k: int, rows: int, curve: Curve, keeps: bool
+) -> None:
+    torch.manual_seed(0)
+    weight = pack_dense(torch.randn(2 * inner, k).bfloat16())
+    program = Program(native, rows + 2, 2)
+    program.rows = rows
+    if not packed.takes_gates(program, weight):
+        pytest.skip(f"{native.isa} has no such op")
+    x = torch.randn(rows + 2, k)
+    y = packed.gated(program, x, weight, curve, keeps=keeps).fill_(torch.nan)
+    rounded = program.rounded(y).fill_(torch.nan)
+    wanted = gate(program, packed.dense(program, x, weight, None), curve, True)
+    program.run()
+    assert torch.equal(rounded[:rows], wanted[:rows].bfloat16())
+    assert torch.equal(y[:rows], wanted[:rows]) if keeps else y.isnan().all()
+    assert y[rows:].isnan().all() and rounded[rows:].isnan().all()
+
+
+def test_which_weights_gates_can_be_made_of(native: Native) -> None:
+    """Whole panels of bfloat16 for gates and for ups."""
+    program = program_of(native)
+    for weight in (torch.zeros(64, 8), torch.zeros(96, 8).bfloat16()):
+        assert not packed.takes_gates(program, pack_dense(weight))
+    assert packed.takes_gates(program, pack_dense(torch.zeros(64, 8).bfloat16())) == (
+        native.isa == "amx"
+    )
 
 
 @pytest.mark.parametrize("zeros", [False, True])

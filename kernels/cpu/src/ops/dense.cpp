@@ -1,4 +1,5 @@
 // Products with dense weights in float32 and bfloat16, and rows of such weights.
+#include "../curves.h"
 #include "../tiles.h"
 #include "../units.h"
 
@@ -75,6 +76,45 @@ static void linear(const void* raw, std::int64_t part, std::int64_t parts) {
 static void linear_bfloat16(const void* raw, std::int64_t part, std::int64_t parts) {
     by_tiles<DenseBFloat16, BFloat16Tiles>(*static_cast<const DenseArgs*>(raw), part, parts);
 }
+
+// Gates and ups of the same rows one after the other, so that neither is written.
+template <int curve>
+static void gated(const GatedArgs& args, std::int64_t part, std::int64_t parts) {
+    const std::int64_t bytes = args.k * 2, stride = args.x_stride * 2;
+    const std::int64_t panel_bytes = args.k / 2 * kUnitBytes, half = args.n / kPanel * panel_bytes;
+    Tiles tiles;
+    TileSums gates, ups;
+    const auto finish = [&](std::int64_t row, std::int64_t r, std::int64_t at) {
+        for (int v = 0; v < kVectors; ++v, at += kLanes) {
+            const vf gate = load<vf>(gates.at[r] + v * kLanes), up = load<vf>(ups.at[r] + v * kLanes);
+            const vf found = activated<curve>(gate) * up;
+            if (args.out) store(args.out + row * args.n + at, found);
+            if (args.rounded) store(args.rounded + row * args.rounded_stride + at, narrow(found));
+        }
+    };
+    const auto product = [&](std::int64_t panel, std::int64_t row0, std::int64_t rows) {
+        const char* w = static_cast<const char*>(args.weight) + panel * panel_bytes;
+        const Ahead low(w, w + panel_bytes, bytes, rows), high(w + half, w + half + panel_bytes, bytes, rows);
+        for_tiles(tiles, static_cast<const char*>(args.x) + row0 * stride, stride, rows,
+                  [&](const TileRows& some, std::int64_t row) {
+                      tile_rows<BFloat16Tiles>(some, row, bytes, w, low, gates);
+                      tile_rows<BFloat16Tiles>(some, row, bytes, w + half, high, ups);
+                      for (std::int64_t r = 0; r < some.rows; ++r) finish(row0 + row + r, r, panel * kPanel);
+                  });
+    };
+    const std::int64_t m = rows_of(args);
+    for_blocks(m, args.n, tiled_rows(m, stride), part, parts, product);
+}
+
+static void gated_bfloat16(const void* raw, std::int64_t part, std::int64_t parts) {
+    const GatedArgs& args = *static_cast<const GatedArgs*>(raw);
+    switch (args.curve) {
+        case SILU: return gated<SILU>(args, part, parts);
+        case RELU: return gated<RELU>(args, part, parts);
+        case GELU: return gated<GELU>(args, part, parts);
+        default: return gated<GELU_TANH>(args, part, parts);
+    }
+}
 #else
 constexpr Op linear_bfloat16 = linear<DenseBFloat16>;
 #endif
@@ -106,6 +146,9 @@ static void rows(const void* raw, std::int64_t part, std::int64_t parts) {
 extern const Entry dense_ops[] = {
     {"linear_float32", linear<DenseFloat32>, sizeof(DenseArgs)},
     {"linear_bfloat16", linear_bfloat16, sizeof(DenseArgs)},
+#if defined(__AMX_TILE__)
+    {"gated_bfloat16", gated_bfloat16, sizeof(GatedArgs)},
+#endif
     {"rows_float32", rows<Float32, 1>, sizeof(RowsArgs)},
     {"rows_bfloat16", rows<BFloat16, 2>, sizeof(RowsArgs)},
     {nullptr, nullptr, 0},

@@ -279,7 +279,7 @@ static void by_bits(const GroupsArgs& args, std::int64_t part, std::int64_t part
 static void linear_groups(const void* raw, std::int64_t part, std::int64_t parts) {
     const GroupsArgs& args = *static_cast<const GroupsArgs*>(raw);
 #if defined(__AMX_TILE__)
-    if (in_tiles(args)) return tiled_by_bits(args, part, parts);
+    if (args.x_type == kBFloat16) return tiled_by_bits(args, part, parts);
 #endif
     return args.x_type == kFloat32 ? by_bits<Float32>(args, part, parts) : by_bits<BFloat16>(args, part, parts);
 }
