@@ -22,6 +22,7 @@ OTHERS: list[dict[str, Any]] = [
     {"kv_dtype": "int8", "deterministic": True, "kernels": "torch", "threads": 1},
     {"prefix_disk": "some/where", "prefix_disk_bytes": 2**20},
     {"tool_parser": "llama3-json", "pooling": "last"},
+    {"activations": "int8", "repack_cache": False},
     {
         "api_key_file": "keys",
         "max_queued_requests": 7,
