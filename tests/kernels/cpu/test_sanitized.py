@@ -34,7 +34,10 @@ def test_nothing_out_of_bounds_and_nothing_undefined(tmp_path: Path) -> None:
     library = tmp_path / "sanitized.so"
     build.build(library, tmp_path / "objects", FLAGS)
     here = Path(__file__).parent
-    tests = [str(here / f"test_{name}.py") for name in ("native", "dense", "groups", "int8")]
+    tests = [
+        str(here / f"test_{name}.py")
+        for name in ("native", "dense", "groups", "groups8", "int8", "solve")
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
         env={
