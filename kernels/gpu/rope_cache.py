@@ -122,7 +122,9 @@ def rope_and_cache(
 
     slot = tl.load(slots + token)
     row = head - HEADS
-    kept = whole & (row >= 0)[:, None] & (slot >= 0)
+    # Compared as a block: Triton 3.9's interpreter refuses masks that a single number took part in.
+    placed = (row >= 0) & (row * 0 + slot >= 0)
+    kept = whole & placed[:, None]
     to = cache + slot * token_stride + row[:, None] * HEAD_DIM + d[None, :]
     if CODES == "":
         tl.store(to, x.to(cache.dtype.element_ty), mask=kept)
@@ -138,7 +140,7 @@ def rope_and_cache(
         codes = _codes(x / scale[:, None], CODES)
         tl.store(to, codes.to(cache.dtype.element_ty), mask=kept)
         scale_at = cache_scales + slot * scale_stride + row
-        tl.store(scale_at, scale, mask=there & (slot >= 0))
+        tl.store(scale_at, scale, mask=there & placed)
 
 
 _CODES = {INT8: ("int8", 127.0), FP8: ("float8", 448.0)}

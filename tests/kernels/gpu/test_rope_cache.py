@@ -109,7 +109,7 @@ MUTATIONS = {
     "the partner": ("d + DIM // 2, d - DIM // 2", "d + DIM // 2, d", "plain"),
     "who is rotated": ("turning = head < HEADS + KV_HEADS", "turning = head < HEADS", "plain"),
     "a partner's norm": ("partner *= inverse[:, None] * gain", "partner *= gain", "norms"),
-    "tokens that are none": ("(row >= 0)[:, None] & (slot >= 0)", "(row >= 0)[:, None]", "plain"),
+    "tokens that are none": ("(row >= 0) & (row * 0 + slot >= 0)", "row >= 0", "plain"),
     "ties": ("bits + 0x7FFFF + ((bits >> 20) & 1)", "bits", "float8"),
     "small codes": ("tl.abs(x) < 0.015625", "tl.abs(x) < 0", "float8"),
     "where scales lie": ("slot * scale_stride + row", "slot * scale_stride + 0 * row", "int8"),
