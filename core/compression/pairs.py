@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from infopt.core.compression.finite import all_finite
 from infopt.core.compression.norms import gain_offset
 from infopt.core.compression.targets import Target
 from infopt.core.compression.walk import Walk
@@ -133,7 +134,7 @@ def scale_pair(walk: Walk, pair: Pair, scales: Tensor) -> tuple[str, ...]:
     stored = {name: walk.model.get_parameter(name) for name in changed}
     values = {name: value.to(stored[name].dtype) for name, value in changed.items()}
     for name, value in values.items():
-        if not bool(torch.isfinite(value).all()):
+        if not all_finite(value):
             raise NumericsError(
                 f"{name}, scaled, does not fit into {str(value.dtype).removeprefix('torch.')}",
                 "try --dtype float32",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from infopt.core.artifact.read import Artifact, read_artifact
 from infopt.core.artifact.write import write_artifact
+from infopt.core.compression.finite import all_finite
 from infopt.core.compression.residual import Residual, Turn
 from infopt.core.compression.streams import find_residual
 from infopt.core.compression.walk import Walk
@@ -174,7 +175,7 @@ def _tensors(
     for done, (name, source, parameter) in enumerate(sources):
         progress(Progress("rotating", done, len(sources), name))
         value = artifact.tensor(source)
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if value.is_floating_point() and not all_finite(value):
             raise NumericsError(
                 f"{artifact.files[source]}: tensor {source!r} has values that are not finite",
                 "the checkpoint is broken; nothing was written",
